@@ -1,0 +1,289 @@
+"""A head's files, written whole and read strictly: nothing is guessed, nothing that does not fit is loaded."""
+
+import dataclasses
+import hashlib
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import torch as safetensors_torch
+from torch import Tensor, nn
+
+from .errors import HeadError, HeadUnavailable
+from .head_config import ValueHeadConfig, shown
+from .head_format import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_NAME,
+    WrongHash,
+    check_hash,
+    check_values,
+    parse_config,
+    parse_weights,
+    size_limit_of_weights,
+)
+from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version, push_files
+from .model_card import CardFacts, card
+
+
+class HeadFiles(nn.Module):
+    """save_pretrained, from_pretrained and push_to_hub of a head; the subclass names its config's class."""
+
+    config_class: ClassVar[type[ValueHeadConfig]]
+    config: ValueHeadConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        replace_model_card: bool = False,
+    ) -> None:
+        """Write config.json, model.safetensors (float32) and README.md into a folder, and read them back.
+
+        Overwrites an older head there; each file is replaced as a whole. README.md is written only where there is none,
+        so a card edited by hand stays.
+
+        Args:
+            save_directory: made if it does not exist.
+            push_to_hub: afterwards, send the three files of the folder to the Hub, as `push_to_hub` does.
+            repo_id: where to push; the folder's name where None.
+            revision: branch to push to, and the rest: see `push_to_hub`.
+            replace_model_card: write README.md anew, here and on the Hub.
+
+        Raises:
+            HeadError: a weight is NaN, infinite or beyond 1e4, or weights and config do not fit. Nothing is written.
+            HeadUnavailable: the files were written, but not pushed.
+        """
+        directory = Path(save_directory)
+        config_bytes, weights = self._to_bytes()
+        directory.mkdir(parents=True, exist_ok=True)
+        # Weights first: beside an older config.json they are refused by their hash, never taken for its own.
+        _write_whole(directory / WEIGHTS_NAME, weights)
+        _write_whole(directory / CONFIG_NAME, config_bytes)
+        card_path = directory / CARD_NAME
+        name = repo_id or directory.resolve().name
+        if replace_model_card or not card_path.exists():
+            _write_whole(card_path, self.model_card(name if push_to_hub else None).encode())
+        _read_head(FolderHead(directory), self.config_class)
+        if push_to_hub:
+            self._warn_of_local_base_model()
+            push_files(
+                name,
+                {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: card_path.read_bytes()},
+                revision=revision,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                replace_model_card=replace_model_card,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The head in a folder or a Hub repository, in float32, on the CPU, in eval mode.
+
+        Reads config.json and model.safetensors and nothing else, both from one commit, and checks everything before any
+        weight is used: hash, config, names, shapes, dtypes, finite values. Draws no random number.
+
+        Args:
+            pretrained_model_name_or_path: a folder (which wins over a repository of the same name), "user/head", or
+                "user/head@revision".
+            revision: branch, tag or commit; the repository's main branch where None.
+            token: for private and gated repositories; the one of `hf auth login` where None.
+            subfolder: where in the folder or repository the head is.
+            cache_dir: where downloads are kept; the Hub's own cache where None.
+            local_files_only: no request; what the cache has.
+
+        Raises:
+            HeadError: what is there is not a sound head.
+            HeadUnavailable: it cannot be fetched; the Hub's error is the cause.
+            ValueError: a revision in the name and as an argument, or a revision of a folder.
+        """
+        source = locate(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        # A caller may stand in inference_mode or have another default device: a head is an ordinary one on the CPU.
+        with torch.inference_mode(False):
+            try:
+                config, tensors = _read_head(source, cls.config_class)
+            except HeadError as error:
+                raise HeadError(f"The head in {source} cannot be loaded. {error}") from error.__cause__
+            with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
+                head = cls(config)
+            head.load_state_dict(tensors, strict=True, assign=True)
+        return head.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        replace_model_card: bool = False,
+    ) -> str:
+        """Send config.json, model.safetensors and a card to the Hub in one commit.
+
+        Args:
+            repo_id: "user/head"; made if it does not exist.
+            revision: branch, made if it does not exist; the main branch where None.
+            token: with the right to write; the one of `hf auth login` where None.
+            private: of a repository that is made; the Hub's default for the account where None.
+            commit_message: "Upload a value head" where None.
+            create_pr: open a pull request instead of committing.
+            replace_model_card: write the repository's card anew; otherwise one that is there stays.
+
+        Returns:
+            The URL of the commit, or of the pull request.
+
+        Raises:
+            HeadError: a weight is NaN, infinite or beyond 1e4.
+            HeadUnavailable: no network, no token, or no right to write.
+        """
+        config_bytes, weights = self._to_bytes()
+        self._warn_of_local_base_model()
+        return push_files(
+            repo_id,
+            {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: self.model_card(repo_id).encode()},
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            replace_model_card=replace_model_card,
+        )
+
+    def model_card(self, repo_id: str | None = None) -> str:
+        """The text of README.md: what the config says, with the Hub's YAML. What is not known is left out."""
+        config = self.config
+        base_model = config.base_model_name_or_path
+        on_hub = is_hub_id(base_model)
+        layers = f"{config.num_hidden_layers} hidden layers of {config.width}, {config.hidden_act}"
+        return card(
+            CardFacts(
+                repo_id=repo_id,
+                base_model=base_model if on_hub else None,
+                base_model_revision=config.base_model_revision if on_hub else None,
+                reward=config.reward.name,
+                reward_mean=config.reward.mean,
+                reward_std=config.reward.std,
+                head=f"{config.hidden_size} inputs, " + (layers if config.num_hidden_layers else "linear"),
+                step_size=config.control.step_size,
+                num_steps=config.control.num_steps,
+                info=config.info,
+            )
+        )
+
+    def _warn_of_local_base_model(self) -> None:
+        base_model = self.config.base_model_name_or_path
+        if base_model is not None and not is_hub_id(base_model):
+            warnings.warn(
+                f"The base model {shown(base_model)} is not the id of a Hub repository, so the card names none, and "
+                f"{CONFIG_NAME} shows a path of this machine. Set head.config.base_model_name_or_path to its id on the "
+                "Hub, or to None.",
+                stacklevel=3,
+            )
+
+    def _to_bytes(self) -> tuple[bytes, bytes]:
+        """config.json and model.safetensors as the strict loader accepts them."""
+        tensors = {
+            name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in self.state_dict().items()
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != self.config.tensor_shapes():
+            raise HeadError(
+                f"The head's weights are {shown(shapes)}, but its config says {shown(self.config.tensor_shapes())}. "
+                "Make the head anew from its config; it was not saved."
+            )
+        check_values(tensors)
+        ordered = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        weights: bytes = safetensors_torch.save(ordered, metadata={"format": "pt"})
+        config = dataclasses.replace(
+            self.config, weights_sha256=hashlib.sha256(weights).hexdigest(), hf_recontrol_version=package_version()
+        )
+        config_bytes = config.to_json_string().encode()
+        parse_config(config_bytes, self.config_class)  # what would not load is not saved
+        return config_bytes, weights
+
+
+def _read_head(source: FolderHead | HubHead, config_class: type[ValueHeadConfig]) -> tuple[Any, dict[str, Tensor]]:
+    """The config and the weights, checked; read again if they do not belong together.
+
+    Then the cache is damaged, or the head was being saved while it was read.
+    """
+    try:
+        return _read_once(source, config_class)
+    except WrongHash as wrong:
+        try:
+            return _read_once(source, config_class, again=True)
+        except HeadUnavailable:
+            raise wrong from None
+
+
+def _read_once(
+    source: FolderHead | HubHead, config_class: type[ValueHeadConfig], *, again: bool = False
+) -> tuple[Any, dict[str, Tensor]]:
+    """The order is the point: nothing is allocated, parsed or computed from what was not checked before."""
+    config = parse_config(_read_file(source.path(CONFIG_NAME, again=again), MAX_CONFIG_BYTES), config_class)
+    limit = size_limit_of_weights(config)
+    weights = _read_file(source.path(WEIGHTS_NAME, limit, again=again), limit)
+    check_hash(weights, config)
+    return config, parse_weights(weights, config)
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file, read once: a map of it would change, or kill the process, when the file changes."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise HeadError(f"Its {path.name} is not a regular file. Put the file itself there.")
+            data = file.read(status.st_size + 1) if status.st_size <= limit else b""
+    except OSError as error:
+        raise HeadError(
+            f"Its {path.name} cannot be read ({type(error).__name__}). Expected a readable file."
+        ) from error
+    size = max(status.st_size, len(data))
+    if size > limit:
+        raise HeadError(f"Its {path.name} has {size} bytes; this head's can have {limit} at most. Save the head again.")
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a FIFO would wait for its writer
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Replace a file by `data`: a reader, or a crash at any moment, finds the old one or the new one."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with open(unfinished, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

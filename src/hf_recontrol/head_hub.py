@@ -1,0 +1,320 @@
+"""Where a head's files are: a folder, or one commit of a repository on the Hub; and how they get to the Hub."""
+
+import contextvars
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
+
+from .errors import HeadError, HeadUnavailable
+from .head_config import shown
+from .head_format import CONFIG_NAME, WEIGHTS_NAME
+
+CARD_NAME = "README.md"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+DEADLINE_SECONDS = 30.0
+SLOWEST_BYTES_PER_SECOND = 100_000
+
+# HfHubHTTPError is an OSError and the base error of the HTTP client in use, which is another one in huggingface_hub 1
+# than in 2: so that client's errors (some pass through the Hub library bare) are caught without naming it. ValueError:
+# what the library refuses before any request. RuntimeError: what hf_xet raises when a transfer breaks.
+HUB_FAILURES: tuple[type[BaseException], ...] = (
+    *hub_errors.HfHubHTTPError.__bases__,
+    hub_errors.EntryNotFoundError,
+    ValueError,
+    RuntimeError,
+)
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def package_version() -> str | None:
+    """The installed version of this package; None when it runs from a source tree that was never installed."""
+    try:
+        return metadata.version("hf-recontrol")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass
+class FolderHead:
+    """A head in a local folder."""
+
+    directory: Path
+
+    def __str__(self) -> str:
+        return f"folder {shown(str(self.directory))}"
+
+    def path(self, name: str, size_limit: int = 0, *, again: bool = False) -> Path:
+        """The path of one of the head's files.
+
+        Raises:
+            HeadError: there is no such file.
+        """
+        path = self.directory / name
+        if not os.path.lexists(path):
+            present = os.listdir(self.directory) if self.directory.is_dir() else []
+            raise _missing(name, present)
+        return path
+
+
+@dataclass
+class HubHead:
+    """A head in a repository on the Hub. All files come from the commit that the first one came from."""
+
+    repo_id: str
+    revision: str | None = None
+    token: str | bool | None = None
+    subfolder: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    commit: str | None = None
+    """The commit that `revision` stood for when the first file was fetched."""
+
+    def __str__(self) -> str:
+        return f"Hub repository {shown(self.repo_id)} at revision {shown(self.commit or self.revision or 'main')}"
+
+    def path(self, name: str, size_limit: int = 0, *, again: bool = False) -> Path:
+        """The path of one of the head's files in the cache, downloaded if it is not there.
+
+        Args:
+            name: the file's name; nothing else is downloaded.
+            size_limit: bytes that the file can have at most; a large file is given more time than 30 s.
+            again: download it even if it is in the cache (because what is there is damaged).
+
+        Raises:
+            HeadUnavailable: no network, no such repository, revision or file, no access, or no answer in time.
+            HeadError: the repository has pickled weights instead.
+        """
+
+        def download() -> str:
+            return hf_hub_download(  # type: ignore[misc, no-any-return, unused-ignore]  # its overloads differ by version
+                self.repo_id,
+                name,
+                subfolder=self.subfolder,
+                revision=self.commit or self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+                force_download=again,
+                library_name="hf-recontrol",
+                library_version=package_version(),
+            )
+
+        try:
+            path = Path(within(DEADLINE_SECONDS + size_limit / SLOWEST_BYTES_PER_SECOND, download))
+        except HUB_FAILURES as error:
+            raise self._missing_file(name, error) or unavailable(error, f"The head in {self}", self.repo_id) from error
+        if self.commit is None:  # <cache>/models--…/snapshots/<commit>/[subfolder/]name
+            self.commit = path.parents[len(Path(self.subfolder or "").parts)].name
+            logger.info("The head %s is read at commit %s.", self.repo_id, self.commit)
+        return path
+
+    def _missing_file(self, name: str, error: BaseException) -> HeadError | None:
+        """What to say of a repository without `name` that has pickled weights; None when there is nothing to add."""
+        if not isinstance(error, hub_errors.EntryNotFoundError) or isinstance(
+            error, hub_errors.LocalEntryNotFoundError
+        ):
+            return None
+        api = HfApi(token=self.token, library_name="hf-recontrol", library_version=package_version())
+        revision = self.commit or self.revision
+        try:
+            info = within(DEADLINE_SECONDS, lambda: api.model_info(self.repo_id, revision=revision))
+        except HUB_FAILURES:
+            return None  # the first failure is the one to report
+        folder = f"{self.subfolder}/" if self.subfolder else ""
+        present = [sibling.rfilename for sibling in info.siblings or []]
+        names = [path.removeprefix(folder) for path in present if path.startswith(folder)]
+        return _missing(name, names) if any(path.endswith(PICKLE_SUFFIXES) for path in names) else None
+
+
+def locate(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> FolderHead | HubHead:
+    """The folder or the Hub repository that `name` stands for. An existing folder wins. Nothing is fetched.
+
+    Raises:
+        ValueError: a revision said twice, or asked of a folder.
+        HeadUnavailable: `name` is a path and leads to no folder.
+    """
+    text = os.fspath(name)
+    repo_id, at, pinned = text.rpartition("@")
+    if not (at and repo_id and pinned) or Path(text).expanduser().is_dir():
+        repo_id, pinned = text, ""
+    if pinned and revision is not None:
+        raise ValueError(f"The head is {text!r} and revision={revision!r}: say the revision once.")
+    directory = Path(repo_id).expanduser()
+    if directory.is_dir():
+        if pinned or revision is not None:
+            raise ValueError(
+                f"{repo_id!r} is a folder here, and a folder has no revision {pinned or revision!r}. Leave the "
+                "revision out, or call from another working directory to get the Hub repository of that name."
+            )
+        return FolderHead(directory / (subfolder or ""))
+    if isinstance(name, os.PathLike) or directory.is_file() or not _may_be_on_the_hub(repo_id):
+        raise HeadUnavailable(
+            f"{shown(text)} is neither a folder nor the id of a Hub repository. Expected a folder that "
+            f'ValueHead.save_pretrained wrote (it holds {CONFIG_NAME} and {WEIGHTS_NAME}), or an id like "user/head".'
+        )
+    return HubHead(repo_id, pinned or revision, checked_token(token), subfolder, cache_dir, local_files_only)
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` can be the id of a Hub repository and is no path on this machine."""
+    return name is not None and _may_be_on_the_hub(name) and not Path(name).expanduser().exists()
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError:
+        return False
+    return name.isascii()
+
+
+def checked_token(token: str | bool | None) -> str | bool | None:
+    """`token`, if it can be sent. An HTTP client would quote one that cannot in its error message."""
+    if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(
+            "The token holds a space, a line break or another character that no token has. Pass token.strip()."
+        )
+    return token
+
+
+def push_files(
+    repo_id: str,
+    files: Mapping[str, bytes],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    replace_model_card: bool = False,
+) -> str:
+    """Send `files` to the Hub in one commit, all or none, and return the URL of the commit or pull request.
+
+    Makes the repository and the branch if they do not exist. A card that is there stays unless `replace_model_card`.
+
+    Raises:
+        HeadUnavailable: no network, no token, no right to write, or somebody else pushed meanwhile.
+    """
+    api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+        has_card = any(sibling.rfilename == CARD_NAME for sibling in there.siblings or [])
+        kept = {CARD_NAME} if has_card and not replace_model_card else set()
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items() if name not in kept],
+            commit_message=commit_message or "Upload a value head",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,  # a push by somebody else in between is an error, not overwritten
+        )
+    except HUB_FAILURES as error:
+        raise unavailable(error, f"The head was not pushed to {shown(repo_id)}: it", repo_id) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def within(seconds: float, function: Callable[[], Result]) -> Result:
+    """function(), or TimeoutError after `seconds`. The Hub library retries a hung server for minutes.
+
+    It runs in a daemon thread, which is left behind at the deadline: it can only complete the cache.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # handed to the waiting thread, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="hf-recontrol-hub", daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except TimeoutError as error:
+        if future.done():  # the function's own
+            raise
+        raise TimeoutError(f"no answer from the Hub within {seconds:.0f} s") from error
+
+
+def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavailable:
+    """A HeadUnavailable that says what failed and what to do. Quotes nothing that may hold a token."""
+    chain = _chain(error)
+    statuses = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+    status = next((status for status in statuses if status is not None), 0)
+    mend = "Check the network, HF_ENDPOINT and https://status.huggingface.co, and try again."
+
+    def is_a(name: str) -> bool:  # by name: not every version of the Hub library has every class
+        kind = getattr(hub_errors, name, None)
+        return kind is not None and any(isinstance(link, kind) for link in chain)
+
+    if is_a("OfflineModeIsEnabled") or (is_a("LocalEntryNotFoundError") and len(chain) == 1):
+        words = (
+            "is not in the cache, and HF_HUB_OFFLINE=1 or local_files_only=True forbids fetching it. Do so once online."
+        )
+    elif is_a("GatedRepoError"):
+        page = f"https://huggingface.co/{repo_id}"
+        words = f"is gated. Accept its terms at {page}, then pass token= or run `hf auth login`."
+    elif is_a("RevisionNotFoundError"):
+        words = "has no such revision. Check the branch, tag or commit."
+    elif status == 403:
+        words = "does not admit this token (403). Pass one with the right access, or run `hf auth login`."
+    elif is_a("RepositoryNotFoundError"):
+        words = "does not exist, or is private. Check the id (no folder here is called so); for a private one pass "
+        words += "token= or run `hf auth login`."
+    elif status == 401 or is_a("LocalTokenNotFoundError"):
+        words = "needs a valid token (401). Pass token= or run `hf auth login`."
+    elif status == 412:
+        words = "was changed by somebody else meanwhile (412). Look at the new commit, and push again."
+    elif status == 429:
+        words = "cannot be had now: too many requests (429). Wait some minutes, or pass token=."
+    elif status >= 500:
+        words = f"cannot be had now: the Hub failed ({status}). {mend}"
+    elif any(isinstance(link, TimeoutError) for link in chain):
+        words = f"cannot be had now: no answer from the Hub in time. {mend}"
+    elif is_a("EntryNotFoundError") and not is_a("LocalEntryNotFoundError"):
+        words = f"lacks a file: a head has {CONFIG_NAME} and {WEIGHTS_NAME}. Is it a head at all?"
+    else:
+        words = f"could not be reached ({', '.join(type(link).__name__ for link in chain)}). {mend}"
+    return HeadUnavailable(f"{subject} {words}")
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__
+    return chain
+
+
+def _missing(name: str, present: list[str]) -> HeadError:
+    pickles = sorted(path for path in present if path.endswith(PICKLE_SUFFIXES))
+    if pickles:
+        return HeadError(
+            f"It has no {name}, only {shown(pickles)}: safetensors only; such a file can run code when it is opened, "
+            "so it never is. Load it where you trust it, copy the weights into a ValueHead, and call save_pretrained."
+        )
+    return HeadError(
+        f"It has no {name}. A head has {CONFIG_NAME} and {WEIGHTS_NAME}; ValueHead.save_pretrained writes them."
+    )

@@ -1,0 +1,234 @@
+"""Where h_t is: the input of the LM head. Edits it and records it; the only seam with the models.
+
+A model gets three permanent hooks, inert unless a `Call` is live in this thread: around the forward of the model that
+owns the LM head, and in front of the LM head. Rejected: hooks added and removed with each call (two threads on one
+model mix, and a graph compiled before ignores them), a ContextVar (Dynamo cannot trace it), a LogitsProcessor (h is
+gone when it runs).
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import SteeringNotApplied
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Thread(threading.local):
+    live: "weakref.ref[_Live] | None" = None  # of the innermost generate() of this thread
+
+
+_THREAD = _Thread()
+
+
+class _Live:
+    """Owned by nothing but the value stack of `run_live`: it dies with the call, whatever a traceback keeps alive."""
+
+    def __init__(self, call: "Call | None"):
+        self.call = call
+
+
+def live_call() -> "Call | None":
+    """The call whose control is live in this thread, None where there is none."""
+    live = _THREAD.live
+    return None if live is None else getattr(live(), "call", None)
+
+
+def run_live(call: "Call | None", function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run `function` with `call` live in this thread; None turns an outer call off for the time.
+
+    Raises:
+        SteeringNotApplied: `function` returned and the call was not applied, or was lost on the way.
+    """
+    outer = _THREAD.live
+    try:
+        # The loop is the lifetime: its iterator, on the value stack, is the only owner of the _Live. A variable of
+        # this frame would keep steering on where a notebook keeps the traceback of an interrupt.
+        for _THREAD.live in map(weakref.ref, (_Live(call),)):  # noqa: B007 (the assignment is the point)
+            result = function(*args, **kwargs)
+            if call is not None:
+                call.finish(live_call())
+        return result
+    finally:
+        _THREAD.live = outer
+
+
+class Call:
+    """One steered or recorded generate(): what to do at the LM head, and flags that tell whether it was done.
+
+    Flags, not counters: a Python counter in a hook makes Dynamo compile again at each step, until it gives up.
+
+    Args:
+        edit: from the LM head's input, float (..., hidden_size), to (edited, sound): the same shape, and bool (..., 1),
+            False where a row was left as it came because it was not finite. None edits nothing.
+        recorder: is given the LM head's input before the edit, at each forward.
+    """
+
+    def __init__(
+        self, edit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, recorder: "Recorder | None" = None
+    ):
+        self.edit = edit
+        self.recorder = recorder
+        self.unsound: Tensor | None = None  # rows left unedited because they were not finite; int64 ()
+        self.inside = False  # between the forward's pre-hook and its hook
+        self.fired = False  # the LM head was reached in this forward
+        self.steered = False  # the last forward came back with its LM head's input edited
+        self.ever = False  # at least one did
+        self.missed: str | None = None  # class of a model whose forward went by its LM head; stays
+
+    def at_head(self, hidden_states: Tensor) -> Tensor:
+        """Record and edit the LM head's input."""
+        self.fired = True
+        if self.recorder is not None:
+            self.recorder(hidden_states)
+        if self.edit is None:
+            return hidden_states
+        edited, sound = self.edit(hidden_states)
+        if self.unsound is None:
+            self.unsound = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
+        self.unsound.add_((~sound).sum())
+        return edited
+
+    def check(self) -> None:
+        """Raise unless the forward just done was applied to. For eager code: hooks themselves never raise.
+
+        An exception inside a traced hook would surface as Dynamo's, and in a server's loop it would end all requests.
+        """
+        if self.missed is not None:
+            raise SteeringNotApplied(
+                f"The forward pass of {self.missed} did not call its output embeddings as a module, so its hidden states "
+                "could not be reached. No text was returned. This model cannot be used with hf_recontrol as it is; "
+                "please report its name."
+            )
+        if not self.steered:
+            raise SteeringNotApplied(
+                "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced after "
+                "enable_recontrol()? Call enable_recontrol() on the model that runs."
+            )
+        self.steered = False
+
+    def finish(self, live: "Call | None") -> None:
+        """Raise unless this call was applied and is still the live one."""
+        if live is not self:
+            raise SteeringNotApplied("The live control was lost during generate(). No text was returned; please report how.")
+        self.steered = self.ever
+        self.check()
+
+
+class Recorder:
+    """Keeps the last position of the LM head's input at each forward, in tensors made once: no list, no growth.
+
+    Args:
+        steps: how many forwards there can be.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.step: Tensor | None = None  # index of the next forward, int64 (1,); a tensor, so that Dynamo does not count
+        self.buffer: Tensor | None = None  # (steps, rows, hidden_size) in the model's dtype
+
+    def __call__(self, hidden_states: Tensor) -> None:
+        last = hidden_states[..., -1, :]
+        if self.buffer is None or self.step is None:
+            self.buffer = last.new_zeros((self.steps, *last.shape))
+            self.step = torch.zeros(1, dtype=torch.int64, device=last.device)
+        self.buffer.index_copy_(0, self.step, last.detach().unsqueeze(0))
+        self.step += 1
+
+    def hidden_states(self) -> Tensor:
+        """What was recorded, (rows, forwards, hidden_size)."""
+        if self.buffer is None or self.step is None:
+            raise SteeringNotApplied("No forward pass was recorded. Call enable_recontrol() on the model that runs.")
+        return self.buffer[: int(self.step)].transpose(0, 1).contiguous()
+
+
+def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
+    call = live_call()
+    if call is not None:
+        call.inside, call.fired = True, False
+
+
+def _before_head(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    call = live_call()
+    if call is None or not call.inside:  # plain use, or a draft that borrows the head
+        return None
+    if args:
+        return (call.at_head(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: call.at_head(kwargs[name])}
+
+
+def _after_forward(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+    call = live_call()
+    if call is None or not call.inside:
+        return
+    call.inside = False
+    if call.fired:
+        call.steered = call.ever = True
+    else:
+        call.missed = type(module).__name__
+
+
+_HOOKS = (_before_forward, _before_head, _after_forward)
+
+
+def lm_head(model: PreTrainedModel) -> nn.Module:
+    """The module that maps hidden states to logits.
+
+    Raises:
+        ValueError: the model has none, or one whose input is not hidden states.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding | nn.ModuleList):
+        found = "None" if head is None else f"a {type(head).__name__}"
+        raise ValueError(
+            f"{type(model).__name__}.get_output_embeddings() is {found}, but steering needs a module that maps hidden "
+            "states to logits, such as lm_head. This architecture is not supported."
+        )
+    return head
+
+
+def is_installed(model: PreTrainedModel) -> bool:
+    """Whether the present LM head carries our hook. resize_token_embeddings and PEFT replace the head."""
+    return _before_head in lm_head(model)._forward_pre_hooks.values()
+
+
+def install(model: PreTrainedModel) -> None:
+    """Put the inert hooks on the model. May be called again: hooks on an LM head that was replaced are removed first."""
+    head = lm_head(model)
+    uninstall(model)
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is head]
+    # prepend: under tensor parallelism the later hooks see sharded tensors
+    head.register_forward_pre_hook(_before_head, with_kwargs=True, prepend=True)
+    innermost = owners[-1]  # Blip2, for one, generates through its language_model
+    innermost.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
+    innermost.register_forward_hook(_after_forward, with_kwargs=True)
+    for owner in owners:
+        owner.__dict__.pop("_compiled_call", None)  # a graph compiled before does not know the hooks
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Remove our hooks from every module of the model."""
+    for module in model.modules():
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+        module.__dict__.pop("_compiled_call", None)
+
+
+def model_name(model: PreTrainedModel) -> str | None:
+    """The model's Hub id, the last part of its path where it was read from a folder, None where it has no name."""
+    name = model.config._name_or_path or None
+    return os.path.basename(os.path.normpath(name)) if name and os.path.isdir(name) else name

@@ -1,0 +1,215 @@
+"""The card of a head: facts in, text out. What is not known is left out; what a file says stays one line of text."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
+
+TAGS = ("recontrol", "value-head", "test-time-alignment", "representation-editing")
+MAX_TEXT = 500
+METRIC_NAMES = {
+    "explained_variance": "Explained variance of the reward",
+    "explained_variance_linear": "Explained variance of the reward, by a linear head",
+    "rank_correlation": "Rank correlation with the reward",
+}
+TRAINING_NAMES = {
+    "answers": "Answers",
+    "tokens": "Tokens",
+    "td_lambda": "λ of the returns (0: Bellman, 1: Monte Carlo)",
+    "recipe": "Recipe",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card may say. None, or an absent key of `info`: not known, not said."""
+
+    repo_id: str | None = None
+    """The head's repository on the Hub."""
+    base_model: str | None = None
+    """The base model's id on the Hub; anything else is left out."""
+    base_model_revision: str | None = None
+    """The commit of that model."""
+    reward: str | None = None
+    """What the reward is called."""
+    reward_mean: float | None = None
+    """Mean of the raw reward over the training rollouts."""
+    reward_std: float | None = None
+    """Its standard deviation."""
+    head: str | None = None
+    """The head's shape in words."""
+    step_size: float | None = None
+    """α that the head is used with unless told otherwise."""
+    num_steps: int | None = None
+    """n that the head is used with unless told otherwise."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """The config's `info`. Read: training, evaluation (figures by name, `name_interval`, `answers`, `seed`), data,
+    license, language."""
+
+
+def card(facts: CardFacts) -> str:
+    """The text of README.md: YAML for the Hub, then what the head steers, how to use it, training, figures, limits.
+
+    A number in `info["evaluation"]` is a figure on held-out answers; `answers` there is how many, `seed` the seed, and
+    `<name>_interval` a figure's 95 % interval. A list of numbers has one for each equal part of the answer.
+    """
+    results = _results(facts)
+    base_model = _hub_id(facts.base_model)
+    answers = _number(_mapping(facts.info, "evaluation").get("answers"))
+    shown_results = [(escaped(result.metric_name), _with_interval(result)) for result in results]
+    text: str = ModelCard.from_template(
+        _yaml(facts, results),
+        template_str=Path(__file__).with_name("MODEL_CARD_TEMPLATE.md").read_text(encoding="utf-8"),
+        title=escaped(facts.repo_id or "Value head"),
+        base_model=f"[{escaped(base_model)}](https://huggingface.co/{base_model})" if base_model else None,
+        base_model_revision=code(facts.base_model_revision),
+        base_model_arguments=_arguments(base_model, facts.base_model_revision) if base_model else None,
+        head_literal=json.dumps(facts.repo_id or "path/to/this/folder"),
+        reward=code(facts.reward),
+        control=_control(facts),
+        training=list(_training(facts)),
+        evaluation=shown_results,
+        evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
+    ).content
+    return text
+
+
+def one_line(value: object) -> str:
+    """The value as one line of printable characters, at most 500: no line break, control or bidirectional character."""
+    words = "".join(character if character.isprintable() else " " for character in str(value)).split()
+    return " ".join(words)[:MAX_TEXT]
+
+
+def escaped(value: object) -> str:
+    """One line that Markdown shows as it is: no markup, no HTML, no link, no table cell."""
+    return "".join(
+        "\\" + character if character in "\\`*_{}[]()<>#+!|~&$:@" else character for character in one_line(value)
+    )
+
+
+def code(value: object) -> str | None:
+    """One line as a code span, in which Markdown interprets nothing; None for None."""
+    return None if value is None else "`" + one_line(value).replace("`", "'").replace("|", "¦") + "`"
+
+
+def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
+    info, base_model = facts.info, _hub_id(facts.base_model)
+    dataset = _dataset_id(info.get("data"))
+    return ModelCardData(
+        library_name="hf-recontrol",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        datasets=dataset,
+        license=_identifier(info.get("license")),
+        language=_identifier(info.get("language")),
+        model_name=one_line(facts.repo_id or "Value head") if results else None,
+        eval_results=results or None,
+    )
+
+
+def _arguments(base_model: str, revision: str | None) -> str:
+    """Arguments of from_pretrained, as Python text."""
+    return json.dumps(base_model) + (f", revision={json.dumps(one_line(revision))}" if revision else "")
+
+
+def _control(facts: CardFacts) -> str | None:
+    if facts.step_size is None or facts.num_steps is None:
+        return None
+    return f"α = {facts.step_size:g} and n = {facts.num_steps} steps at each token"
+
+
+def _training(facts: CardFacts) -> Iterator[str]:
+    if facts.head:
+        yield f"Head: {escaped(facts.head)}"
+    if facts.reward:
+        scale = "" if facts.reward_mean is None else f", mean {facts.reward_mean:.4g}"
+        scale += "" if facts.reward_std is None else f", standard deviation {facts.reward_std:.4g}"
+        yield f"Reward: {code(facts.reward)}{scale}"
+    if _mapping(facts.info, "training"):
+        yield "Objective: squared error to the λ-return of the reward, at every token of the base model's own answers"
+    if facts.info.get("data") is not None:
+        yield f"Data: {code(facts.info['data'])}"
+    for name, value in _mapping(facts.info, "training").items():
+        if isinstance(value, str) or _number(value) is not None:
+            yield f"{TRAINING_NAMES.get(name) or code(name)}: {code(value) if isinstance(value, str) else value}"
+
+
+def _results(facts: CardFacts) -> list[EvalResult]:
+    evaluation = _mapping(facts.info, "evaluation")
+    n, seed = _number(evaluation.get("answers")), _number(evaluation.get("seed"))
+    dataset = _dataset_id(facts.info.get("data"))
+    results = []
+    for name, value in evaluation.items():
+        if name in ("answers", "seed") or name.endswith("_interval"):
+            continue
+        parts = value if isinstance(value, list) else [value]
+        interval = _interval(evaluation.get(f"{name}_interval")) if len(parts) == 1 else None
+        conditions = {"n": n, "seed": seed, "interval": interval}
+        for i, part in enumerate(parts):
+            where = f", part {i + 1} of {len(parts)} of the answer" if len(parts) > 1 else ""
+            if _number(part) is not None:
+                result = EvalResult(
+                    task_type="text-generation",
+                    dataset_type=dataset or "rollouts",
+                    dataset_name=one_line(facts.info.get("data") or "") or "held-out rollouts",
+                    metric_type=one_line(name),
+                    metric_name=(METRIC_NAMES.get(name) or one_line(name)) + where,
+                    metric_value=part,
+                    metric_args={key: fact for key, fact in conditions.items() if fact is not None} or None,
+                )
+                results.append(result)
+    return results
+
+
+def _with_interval(result: EvalResult) -> str:
+    interval = (result.metric_args or {}).get("interval")
+    return f"{result.metric_value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+
+
+def _mapping(info: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = info.get(name)
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else {}
+
+
+def _number(value: object) -> int | float | None:
+    return value if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore[return-value, arg-type]
+
+
+def _interval(value: object) -> list[int | float] | None:
+    ends = [_number(end) for end in value] if isinstance(value, list | tuple) and len(value) == 2 else []
+    return [end for end in ends if end is not None] if ends and None not in ends else None
+
+
+def _identifier(value: object) -> str | None:
+    """A licence or language as the Hub writes them: apache-2.0, en."""
+    known = (
+        isinstance(value, str)
+        and len(value) <= 40
+        and value.isascii()
+        and value.replace("-", "").replace(".", "").isalnum()
+    )
+    return value.lower() if known and isinstance(value, str) else None
+
+
+def _dataset_id(value: object) -> str | None:
+    """A dataset's id on the Hub has an owner; a bare word may be anything."""
+    return _hub_id(value) if isinstance(value, str) and "/" in value else None
+
+
+def _hub_id(value: object) -> str | None:
+    """`value`, if it can be the id of a repository on the Hub."""
+    if not isinstance(value, str) or not value.isascii():
+        return None
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return value

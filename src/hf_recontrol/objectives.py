@@ -1,0 +1,59 @@
+"""λ-returns: what V is trained towards. λ = 0 is the paper's Bellman target, λ = 1 Monte Carlo. Pure mathematics."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def lambda_returns(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float) -> Tensor:
+    """v_T = r, v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}: each state's target in each answer. No gradient flows through.
+
+    λ = 0 is the target of Kong et al. 2024 (arXiv:2406.05954: V(s_t) towards stop-grad V(s_{t+1}), and towards the
+    reward at the end); λ between 0 and 1 gives Sutton's λ-returns (1988). Undiscounted, as in the paper. T is an
+    answer's last token: s_T is the state that predicted it.
+
+    Args:
+        values: V(s_t), float (tokens,), in the units of `rewards`; the tokens of all answers one after the other.
+        rewards: float (answers,). That of an empty answer is not read.
+        offsets: int64 (answers + 1,), from 0 to tokens: answer i has the tokens offsets[i] to offsets[i + 1] − 1.
+        td_lambda: λ, 0 to 1.
+
+    Returns:
+        (tokens,), in the dtype of `values`.
+
+    Raises:
+        ValueError: λ is out of bounds, or the offsets do not cut the values into one run per reward.
+
+    Example:
+        >>> lambda_returns(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([1.0]), torch.tensor([0, 3]), 0.0)
+        tensor([0.2500, 0.0000, 1.0000])
+    """
+    _check(values, rewards, offsets, td_lambda)
+    rewards, lengths = rewards.to(values.dtype), offsets.diff()
+    if td_lambda == 1:  # no recursion to do, and V is not read: it may be NaN
+        return torch.repeat_interleave(rewards, lengths)
+    last = offsets[1:][lengths > 0] - 1
+    targets = torch.cat([values[1:], values[:1]])  # V(s_{t+1}); what stands at an answer's last token is replaced next
+    targets[last] = rewards[lengths > 0]
+    if td_lambda == 0:
+        return targets
+    remaining = lengths[lengths > 0]
+    for back in range(1, int(remaining.max()) if len(remaining) else 0):  # one step back in all answers at once
+        t = last[remaining > back] - back
+        targets[t] = (1 - td_lambda) * targets[t] + td_lambda * targets[t + 1]
+    return targets
+
+
+def _check(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float) -> None:
+    if not 0 <= td_lambda <= 1:
+        raise ValueError(f"td_lambda is {td_lambda!r}; it must be from 0 (Bellman) to 1 (Monte Carlo).")
+    if values.ndim != 1 or rewards.ndim != 1 or offsets.shape != (len(rewards) + 1,):
+        raise ValueError(
+            f"values, rewards and offsets have the shapes {tuple(values.shape)}, {tuple(rewards.shape)} and "
+            f"{tuple(offsets.shape)}; expected are (tokens,), (answers,) and (answers + 1,)."
+        )
+    if offsets[0] != 0 or offsets[-1] != len(values) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"The offsets go from {int(offsets[0])} to {int(offsets[-1])} over {len(values)} values; they must rise "
+            f"from 0 to {len(values)}. Make them by cumsum over the answers' lengths, with a 0 in front."
+        )

@@ -1,0 +1,190 @@
+"""One block of rollouts: answers generated as one batch, cut where they end, and scored."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from .errors import CollectError
+from .generation import generate_with_hidden_states
+from .rewards import Rewards, Text
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Answers any block of the prompts; the same block in the same way each time, given the same random state."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
+    prompts: Sequence[Text]
+    columns: Mapping[str, Sequence[Any]]
+    num_return_sequences: int
+    drop_truncated: bool
+    stop_strings: list[str]
+    generation: dict[str, Any]
+
+    def checked_token_ids(self) -> Iterator[list[int]]:
+        """Of each prompt; raises if one is empty, or leaves its answer no room in the model's context."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = math.inf if context is None else context - self.generation["max_new_tokens"]
+        for i, prompt in enumerate(self.prompts):
+            token_ids = self._token_ids(prompt)
+            if not 0 < len(token_ids) <= room:
+                raise CollectError(
+                    f"Prompt {i} has {len(token_ids)} tokens; with max_new_tokens={self.generation['max_new_tokens']} "
+                    f"and the model's context of {context}, 1 to {room} fit. Shorten it, or lower max_new_tokens."
+                )
+            yield token_ids
+
+    def collect(self, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[dict[str, Any]]]:
+        """Generate and score a block: what RolloutStore.commit takes."""
+        prompt_ids = [i for i in prompt_ids for _ in range(self.num_return_sequences)]
+        generated, hidden_states, stopped = self._generate([self._token_ids(self.prompts[i]) for i in prompt_ids])
+        eos = self._eos_token_ids()
+        ends = [_end(ids, eos, stop) for ids, stop in zip(generated, stopped, strict=True)]
+        completion_ids = [ids[:end] for ids, (end, _) in zip(generated, ends, strict=True)]
+        rows = [
+            self._row(prompt_id, ids, finish)
+            for prompt_id, ids, (_, finish) in zip(prompt_ids, completion_ids, ends, strict=True)
+        ]
+        rewards = self._score(rows, completion_ids)
+        dropped = {"empty", "length"} if self.drop_truncated else {"empty"}
+        lengths = torch.tensor([0 if row["finish_reason"] in dropped else row["length"] for row in rows])
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        kept = torch.arange(hidden_states.shape[1]) < lengths[:, None]
+        return hidden_states[kept.to(hidden_states.device)].cpu(), offsets, rewards, torch.tensor(generated)[kept], rows
+
+    def _score(self, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
+        """Put the rewards into the rows; (answers,) in float64, NaN where there is none."""
+        columns = {name: [column[row["prompt_id"]] for row in rows] for name, column in self.columns.items()}
+        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+        result = self.rewards(prompts, completions, completion_ids, columns)
+        taken = sorted(result.logged.keys() & rows[0].keys())
+        if taken:
+            raise CollectError(
+                f"A reward function logged {taken}, but the table has columns of its own so called. Rename them."
+            )
+        for i, row in enumerate(rows):
+            row["reward"] = result.total[i]
+            row["rewards"] = {name: column[i] for name, column in result.per_function.items()}
+            row |= {name: column[i] for name, column in result.logged.items()}
+        return torch.tensor([math.nan if reward is None else reward for reward in result.total], dtype=torch.float64)
+
+    def _row(self, prompt_id: int, completion_ids: list[int], finish: str) -> dict[str, Any]:
+        prompt = self.prompts[prompt_id]
+        text = str(self.tokenizer.decode(completion_ids, skip_special_tokens=True))
+        if finish == "stop":
+            text = text[: min((text.find(stop) for stop in self.stop_strings if stop in text), default=len(text))]
+        token_ids = [] if finish == "empty" else completion_ids
+        return {
+            "prompt_id": prompt_id,
+            "prompt": prompt,
+            "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
+            "token_ids": token_ids,
+            "reward": None,
+            "rewards": {},
+            "finish_reason": finish,
+            "length": len(token_ids),
+        }
+
+    def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor, list[int | None]]:
+        """The new tokens of each row, the states that predicted them, and how many there were at a stop string."""
+        device, eos = self.model.device, self._eos_token_ids()
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else eos[0] if eos else 0
+        rows = [torch.tensor(row) for row in prompts]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        stopping = _StopStrings(self.stop_strings, self.tokenizer, len(rows), input_ids.shape[1])
+        sequences, hidden_states = generate_with_hidden_states(
+            self.model,
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
+            recontrol_value_head=False,  # these are the base model's, whatever its defaults say
+            **({"eos_token_id": eos or None} | self.generation),
+        )
+        generated: list[list[int]] = sequences[:, input_ids.shape[1] :].tolist()
+        return generated, hidden_states, stopping.lengths
+
+    def _token_ids(self, prompt: Text) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        begun = prompt[-1]["role"] == "assistant"  # then the answer goes on where the prompt ends
+        text = self.tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
+
+    def _eos_token_ids(self) -> list[int]:
+        for found in (
+            self.generation.get("eos_token_id"),
+            self.model.generation_config.eos_token_id,
+            self.tokenizer.eos_token_id,
+        ):
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+        return []
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row whose text holds a stop string, and keeps how many tokens it then had."""
+
+    def __init__(self, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase, rows: int, prompt_tokens: int):
+        self.stop_strings, self.tokenizer, self.prompt_tokens = stop_strings, tokenizer, prompt_tokens
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        for row, ids in enumerate(input_ids[:, self.prompt_tokens :].tolist()):
+            if self.lengths[row] is None:
+                text = self.tokenizer.decode(ids)  # with special tokens: one may be a stop string
+                if any(stop in text for stop in self.stop_strings):
+                    self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+
+def _end(token_ids: list[int], eos: Sequence[int], stopped: int | None) -> tuple[int, str]:
+    """How many of the generated tokens are the answer's, EOS and stop string included, and what ended it.
+
+    Found by the first EOS, not by the padding: the two may be one token.
+    """
+    end = next((length for length, token in enumerate(token_ids, 1) if token in eos), None)
+    if stopped is not None and (end is None or stopped < end):
+        return stopped, "stop"
+    if end is None:
+        return len(token_ids), "length"
+    return end, "empty" if end == 1 else "eos"
+
+
+@contextmanager
+def seeded(device_type: str, seed: int) -> Iterator[None]:
+    """Seed torch for the time; afterwards its random state is what it was."""
+    if device_type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+            yield
+    else:
+        devices = range(torch.get_device_module(device_type).device_count())
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
+            torch.manual_seed(seed)
+            yield
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout for the time; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

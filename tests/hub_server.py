@@ -1,0 +1,232 @@
+"""A Hugging Face Hub in memory, on 127.0.0.1: model repositories with commits, a request log, and faults on demand.
+
+It answers what huggingface_hub 1 and 2 ask when heads are pulled and pushed. Every file is sent inside the commit
+("regular" upload), so no LFS and no Xet.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_testerMayWrite"
+READ_TOKEN = "hf_testerMayOnlyRead"
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    headers: Message
+    """Its names are found in any case."""
+
+
+@dataclass
+class Repository:
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, files: Mapping[str, bytes], branch: str = "main", *, keep: bool = True) -> str:
+        """Add a commit that changes `files`, and return its id."""
+        before = self.commits.get(self.branches.get(branch, ""), {}) if keep else {}
+        sha = hashlib.sha1(f"{len(self.commits)} {branch} {sorted(files)}".encode()).hexdigest()
+        self.commits[sha] = {**before, **files}
+        self.branches[branch] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.branches.get(revision)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests whose path contains `where`."""
+
+    where: str
+    status: int | None = None
+    method: str | None = None
+    seconds: float = 0.0
+    """Wait before answering."""
+    cut: int = 0
+    """Bytes of the body that are not sent, though the header promises them."""
+    times: int = 10**9
+
+
+class HubServer:
+    """Start it, point HF_ENDPOINT at `url`, and put repositories in."""
+
+    def __init__(self) -> None:
+        self.reset()
+        self.woken = threading.Event()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def reset(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.log: list[Request] = []
+        self.faults: list[Fault] = []
+
+    def add(self, repo_id: str, files: Mapping[str, bytes], *, private: bool = False, gated: bool = False) -> str:
+        """Make a repository with one commit, and return the commit's id."""
+        self.repositories[repo_id] = Repository(private, gated)
+        return self.repositories[repo_id].commit(files)
+
+    def fail(self, where: str, **fault: object) -> None:
+        self.faults.append(Fault(where, **fault))  # type: ignore[arg-type]
+
+    def paths(self, method: str | None = None) -> list[str]:
+        """The paths asked for so far, in order."""
+        return [request.path for request in self.log if method in (None, request.method)]
+
+    def stop(self) -> None:
+        self.woken.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self._answer_request()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815 (the names that http.server calls)
+
+    def _answer_request(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        split = urlsplit(self.path)
+        self.path = split.path
+        self.query = parse_qs(split.query)
+        self.hub.log.append(Request(self.command, self.path, self.headers))
+        self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.cut = 0
+        for fault in self.hub.faults:
+            if fault.where in self.path and fault.method in (None, self.command) and fault.times > 0:
+                fault.times -= 1
+                self.cut = fault.cut
+                if fault.seconds and self.hub.woken.wait(fault.seconds):
+                    return
+                if fault.status:
+                    return self._error(fault.status, "" if fault.status != 404 else "EntryNotFound")
+        parts = [unquote(part) for part in self.path.strip("/").split("/")]
+        if parts[0] == "api":
+            return self._api(parts[1:], body)
+        if len(parts) >= 5 and parts[2] == "resolve":
+            return self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        return self._error(404)
+
+    def _api(self, parts: list[str], body: bytes) -> None:
+        if parts[0] == "whoami-v2":
+            user = {"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+            return self._json(user) if self.token in (TOKEN, READ_TOKEN) else self._error(401)
+        if parts == ["validate-yaml"]:
+            return self._json({"errors": [], "warnings": []})
+        if parts == ["repos", "create"]:
+            return self._create(json.loads(body))
+        repo_id, action = "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
+        repository = self._visible(repo_id)
+        if repository is None:
+            return None
+        if self.command == "POST" and self.token != TOKEN and action != "paths-info":
+            return self._error(403 if self.token else 401)
+        revision = parts[4] if len(parts) > 4 else "main"
+        if action == "branch":
+            if revision in repository.branches:
+                return self._error(409)
+            repository.branches[revision] = repository.branches["main"]
+            return self._json({})
+        sha = repository.resolve(revision)
+        if sha is None:
+            return self._error(404, "RevisionNotFound")
+        if action == "preupload":
+            files = json.loads(body)["files"]
+            return self._json(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        if action == "commit":
+            return self._commit(repo_id, repository, revision, body)
+        files = [{"rfilename": name} for name in sorted(repository.commits[sha])]
+        info = {"_id": "0", "id": repo_id, "sha": sha, "private": repository.private, "tags": [], "downloads": 0}
+        return self._json({**info, "siblings": files})
+
+    def _create(self, wanted: Mapping[str, object]) -> None:
+        if self.token != TOKEN:
+            return self._error(403 if self.token else 401)
+        repo_id = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        if repo_id in self.hub.repositories:
+            return self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id}, status=409)
+        self.hub.add(
+            repo_id,
+            {".gitattributes": b""},
+            private=bool(wanted.get("private")) or wanted.get("visibility") == "private",
+        )
+        return self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+
+    def _commit(self, repo_id: str, repository: Repository, branch: str, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        parent = lines[0]["value"].get("parentCommit")
+        if parent and parent != repository.branches.get(branch):
+            return self._error(412)
+        changes = [line["value"] for line in lines if line["key"] == "file"]
+        pull_request = self.query.get("create_pr") == ["1"]
+        target = "refs/pr/1" if pull_request else branch
+        if pull_request:
+            repository.branches[target] = repository.branches[branch]
+        sha = repository.commit({change["path"]: base64.b64decode(change["content"]) for change in changes}, target)
+        answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
+        if pull_request:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/1"
+        return self._json(answer)
+
+    def _resolve(self, repo_id: str, revision: str, name: str) -> None:
+        repository = self._visible(repo_id)
+        if repository is None:
+            return None
+        if repository.gated and not self.token:
+            return self._error(401, "GatedRepo")
+        sha = repository.resolve(revision)
+        if sha is None:
+            return self._error(404, "RevisionNotFound")
+        if name not in repository.commits[sha]:
+            return self._error(404, "EntryNotFound", {"X-Repo-Commit": sha})
+        data = repository.commits[sha][name]
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        return self._send(200, data, headers)
+
+    def _visible(self, repo_id: str) -> Repository | None:
+        """The repository; or None, answered as the Hub does: a stranger cannot tell a private one from none."""
+        repository = self.hub.repositories.get(repo_id)
+        if repository is None or (repository.private and self.token not in (TOKEN, READ_TOKEN)):
+            self._error(404 if self.token else 401, "RepoNotFound")
+            return None
+        return repository
+
+    def _json(self, value: object, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, status: int, code: str = "", headers: Mapping[str, str] | None = None) -> None:
+        coded = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
+        self._send(status, b'{"error": "as asked"}', {"Content-Type": "application/json", **coded, **(headers or {})})
+
+    def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) - self.cut])
+        if self.cut:
+            self.close_connection = True

@@ -1,0 +1,147 @@
+"""A card says what is known, as text that nothing in a name can break out of."""
+
+import ast
+import re
+
+import pytest
+import yaml
+
+from hf_recontrol.model_card import CardFacts, card
+
+INFO = {
+    "training": {"answers": 6000, "tokens": 240000, "td_lambda": 1.0, "recipe": None},
+    "evaluation": {
+        "explained_variance": 0.05,
+        "explained_variance_interval": [0.03, 0.07],
+        "explained_variance_linear": 0.03,
+        "rank_correlation": [0.1, 0.2, 0.3, 0.4],
+        "answers": 600,
+    },
+    "data": "user/prompts",
+    "license": "cc-by-4.0",
+    "language": "en",
+}
+FULL = CardFacts(
+    repo_id="user/head",
+    base_model="user/base",
+    base_model_revision="abc123",
+    reward="politeness",
+    reward_mean=0.25,
+    reward_std=1.5,
+    head="8 inputs, 1 hidden layers of 8, relu",
+    step_size=0.5,
+    num_steps=30,
+    info=INFO,
+)
+INJECTIONS = [
+    "a\n---\nlicense: mit\n---\n# Owned",
+    "a\r\nb",
+    "a\x85b\u2028c\x0bd",
+    "<script>alert(1)</script>",
+    "![x](http://evil) [y](javascript:1)",
+    "`code` ``` ```",
+    "| a | b |",
+    "{{ 7*7 }} {% raw %}",
+    "x: y # z",
+    "\u202egnp.exe",
+    "\ud800",
+    "a" * 5000,
+    "!!python/object/apply:os.system ['true']",
+    "**bold** _it_ ~~s~~ # h $x$ @user",
+]
+
+
+def split(text):
+    """The YAML as values and the body as text."""
+    _, front, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
+    return yaml.safe_load(front), body
+
+
+def test_the_hub_finds_the_library_the_base_model_and_the_figures():
+    data, _ = split(card(FULL))
+    assert data["library_name"] == "hf-recontrol"
+    assert data["pipeline_tag"] == "text-generation"
+    assert (data["base_model"], data["base_model_relation"]) == ("user/base", "adapter")
+    assert data["tags"] == ["recontrol", "value-head", "test-time-alignment", "representation-editing"]
+    assert (data["license"], data["language"], data["datasets"]) == ("cc-by-4.0", "en", "user/prompts")
+    (result,) = data["model-index"][0]["results"]
+    assert len(result["metrics"]) == 6
+    assert result["metrics"][0]["value"] == 0.05
+    assert result["metrics"][0]["args"] == {"n": 600, "interval": [0.03, 0.07]}
+
+
+def test_the_body_says_what_is_known():
+    _, body = split(card(FULL))
+    for words in ("politeness", "abc123", "user/base", "0.05 [0.03, 0.07]", "600 held-out", "6000", "α = 0.5"):
+        assert words in body
+    assert "None" not in card(FULL)
+    assert "Recipe" not in body
+
+
+def test_what_is_not_known_is_left_out():
+    data, body = split(card(CardFacts()))
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+    assert "None" not in body
+    assert "## Evaluation" not in body
+    assert "## Training" not in body
+    assert "## Limits" in body
+
+
+@pytest.mark.parametrize("facts", [FULL, CardFacts(), CardFacts(repo_id='a"b\n"', base_model="gpt2")])
+def test_the_snippet_is_python(facts):
+    (snippet,) = re.findall(r"```python\n(.*?)```", card(facts), flags=re.DOTALL)
+    ast.parse(snippet)
+    assert "model.generate(" in snippet
+    assert "recontrol_value_head=" in snippet
+    assert "enable_recontrol" in snippet
+
+
+@pytest.mark.parametrize("text", INJECTIONS, ids=range(len(INJECTIONS)))
+def test_a_name_cannot_break_out_of_the_card(text):
+    info = {
+        "training": {text: text, "recipe": text},
+        "evaluation": {text: 0.5, "explained_variance": 0.1, "answers": text},
+        "data": text,
+        "license": text,
+        "language": text,
+    }
+    hostile = CardFacts(
+        repo_id=text, base_model=text, base_model_revision=text, reward=text, reward_std=1.0, head=text, info=info
+    )
+    plain = {"training": {"a": "a", "recipe": "a"}, "evaluation": {"a": 0.5, "explained_variance": 0.1}, "data": "a"}
+    harmless = CardFacts(
+        repo_id="x", base_model="x y", base_model_revision="x", reward="x", reward_std=1.0, head="x", info=plain
+    )
+    data, body = split(card(hostile))
+    assert card(hostile).encode()  # no lone surrogate
+    assert set(data) <= {"library_name", "pipeline_tag", "tags", "model-index"}
+    _, expected = split(card(harmless))
+    assert body.count("\n") == expected.count("\n")  # no line of its own
+    interpreted = re.sub(r"```.*?```|(?<!\\)`[^`\n]*`", "", body, flags=re.DOTALL)
+    for markup in ("<", r"\(http://evil", r"\]\(java", "{{", r"\*\*"):
+        assert not re.search(rf"(?<!\\){markup}", interpreted)
+    assert all(character.isprintable() or character == "\n" for character in body)
+
+
+@pytest.mark.parametrize("path", ["/home/me/model", "./model", "../model", "a/b/c", "~/model", "C:\\models\\x", ""])
+def test_a_local_path_is_never_named_as_the_base_model(path):
+    data, body = split(card(CardFacts(base_model=path)))
+    assert "base_model" not in data
+    assert "model\\x" not in body
+    assert "its base model" in body
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"training": "text", "evaluation": [1, 2]},
+        {"evaluation": {"explained_variance": "high", "rank_correlation": ["a", None, True]}},
+        {"evaluation": {"explained_variance": 0.1, "explained_variance_interval": "wide", "answers": True}},
+        {"training": {"nested": {"a": 1}, "list": [1]}, "data": 5, "license": 7, "language": ["en"]},
+    ],
+    ids=range(4),
+)
+def test_info_of_another_form_does_no_harm(info):
+    data, _ = split(card(CardFacts(info=info)))
+    assert "license" not in data
+    assert "datasets" not in data

@@ -1,0 +1,295 @@
+"""Reward functions: called as TRL calls them, and believed only when they answer as they should."""
+
+import asyncio
+import functools
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerState
+
+from hf_recontrol.errors import CollectError
+from hf_recontrol.rewards import Rewards
+
+TEMPLATE = "{{ '<s>' }}{% for m in messages %}{{ ' ' + m['content'] + ' </s>' }}{% endfor %}"
+PROMPTS, COMPLETIONS, IDS = ["w10 w11", "w12", "w13"], [" w20", " w21 w22", ""], [[20], [21, 22], []]
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def one(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def score(functions, weights=None, **columns):
+    return Rewards(functions, weights)(PROMPTS, COMPLETIONS, IDS, columns)
+
+
+def classifier(**config):
+    torch.manual_seed(0)
+    defaults = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            **{
+                **defaults,
+                "vocab_size": 64,
+                "num_labels": 1,
+                "max_position_embeddings": 32,
+                "pad_token_id": None,
+                **config,
+            }
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-reward"
+    classifier().save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def by_hand(token_ids):
+    with torch.no_grad():
+        return classifier()(input_ids=torch.tensor([token_ids])).logits[0, 0].item()
+
+
+def test_a_callable_gets_what_trl_gives_by_keyword():
+    seen = {}
+
+    def reward(*args, **kwargs):
+        assert not args
+        seen.update(kwargs)
+        return [1.0, 2.0, 3.0]
+
+    result = score(reward, answer=["a", "b", "c"], difficulty=(1, 2, 3))
+    assert {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+        "answer",
+        "difficulty",
+    } == set(seen)
+    assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (PROMPTS, COMPLETIONS, IDS)
+    assert (seen["answer"], seen["difficulty"]) == (["a", "b", "c"], [1, 2, 3])
+    assert isinstance(seen["trainer_state"], TrainerState)
+    assert (result.total, result.per_function) == ([1.0, 2.0, 3.0], {"reward": [1.0, 2.0, 3.0]})
+
+
+def test_rewards_are_weighted_and_none_is_left_out():
+    def picky(completions, **kwargs):
+        return [None, 10, None]
+
+    def silent(completions, **kwargs):
+        return [1.0, 1.0, None]
+
+    result = score([picky, silent], [0.5, 2.0])
+    assert result.total == [2.0, 7.0, None]
+    assert result.per_function == {"picky": [None, 10.0, None], "silent": [1.0, 1.0, None]}
+    assert score([length, one]).total == [5.0, 9.0, 1.0]
+
+
+def test_async_functions_run_together_and_may_stand_beside_others():
+    started = asyncio.Event()
+
+    async def waits(completions, **kwargs):
+        await asyncio.wait_for(started.wait(), 10)
+        return [1.0] * 3
+
+    async def wakes(completions, **kwargs):
+        started.set()
+        return [2.0] * 3
+
+    class Later:
+        async def __call__(self, completions, **kwargs):
+            return [3.0] * 3
+
+    result = score([waits, length, wakes, Later()])
+    assert result.per_function["waits"] == [1.0] * 3
+    assert list(result.per_function) == ["waits", "length", "wakes", "Later"]
+    assert result.total == [10.0, 14.0, 6.0]
+
+
+def test_all_calls_of_an_async_function_see_one_loop():
+    loops = []
+
+    async def reward(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * 3
+
+    rewards = Rewards(reward)
+    for _ in range(2):
+        rewards(PROMPTS, COMPLETIONS, IDS)
+    assert loops[0] is loops[1]
+
+
+def test_async_functions_work_where_a_loop_runs_already_as_in_a_notebook():
+    async def reward(completions, **kwargs):
+        return [1.0] * 3
+
+    async def notebook():
+        return score(reward).total
+
+    assert asyncio.run(notebook()) == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0, 2.0], "returned 2 rewards for 3 completions"),
+        ([1.0], "returned 1 rewards for 3"),  # would broadcast
+        ([], "returned 0 rewards"),
+        (None, "returned a NoneType; expected is a list of 3"),
+        (1.0, "returned a float"),
+        ("123", "returned a str"),
+        (b"123", "returned a bytes"),
+        ({0: 1.0, 1: 1.0, 2: 1.0}, "returned a dict"),
+        (torch.ones(3), r"returned a Tensor; .* call .tolist\(\)"),
+        (np.ones(3), r"returned a ndarray; .* call .tolist\(\)"),
+        ([1.0, True, 1.0], r"returned True \(bool\) for completion 1"),
+        ([1.0, 1.0, "1"], r"returned '1' \(str\) for completion 2"),
+        ([[1.0], 1.0, 1.0], r"returned \[1.0\] \(list\) for completion 0"),
+        ([1.0, float("nan"), 1.0], "returned nan"),
+        ([1.0, float("inf"), 1.0], "returned inf"),
+        ([1.0, 10**400, 1.0], "for completion 1"),
+        ([1.0, 1j, 1.0], "returned 1j"),
+        ([torch.tensor(1.0), 1.0, 1.0], "Tensor"),
+    ],
+)
+def test_a_wrong_return_is_refused_and_the_function_named(returned, words):
+    def broken(**kwargs):
+        return returned
+
+    with pytest.raises(CollectError, match=f"'broken'.*{words}"):
+        score([length, broken])
+
+
+@pytest.mark.parametrize("returned", [[1, 2, 3], (1.0, 2.0, 3.0), [np.float32(1), np.float64(2), np.int64(3)]])
+def test_any_real_numbers_are_taken_as_floats(returned):
+    total = score(lambda **kwargs: returned).total
+    assert total == [1.0, 2.0, 3.0]
+    assert all(type(reward) is float for reward in total)
+
+
+def test_an_error_of_a_reward_function_comes_through_as_it_is():
+    def broken(**kwargs):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        score(broken)
+
+
+def test_what_a_function_logs_goes_into_columns():
+    def reward(completions, log_extra, log_metric, **kwargs):
+        log_extra("words", [len(completion.split()) for completion in completions])
+        log_extra("scores", np.array([1.0, float("nan"), 3.0]))
+        log_metric("mean", torch.tensor(0.5))
+        return [0.0] * 3
+
+    assert score(reward).logged == {"words": [1, 2, 0], "scores": [1.0, None, 3.0], "mean": [0.5] * 3}
+
+
+def test_logged_columns_of_a_wrong_length_or_kind_are_refused():
+    def short(log_extra, **kwargs):
+        log_extra("words", [1])
+
+    def odd(log_extra, **kwargs):
+        log_extra("things", [object()] * 3)
+
+    with pytest.raises(CollectError, match="'short' logged 1 values as 'words' for 3"):
+        score(short)
+    with pytest.raises(CollectError, match=r"'odd' logged .* as 'things', which does not go into a table"):
+        score(odd)
+
+
+def test_names_are_trls_and_each_stands_once(folder):
+    partial = functools.partial(one)
+    assert Rewards([str(folder), length, one, one, partial]).names == [
+        "tiny-reward",
+        "length",
+        "one",
+        "one_2",
+        "partial",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["str", "path", "model", "pair"])
+def test_a_classifier_scores_prompt_and_completion_without_padding_effects(folder, kind):
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    function = {"str": str(folder), "path": folder, "model": model, "pair": (classifier(), tiny_tokenizer())}[kind]
+    rewards = Rewards(function, batch_size=2)
+    total = rewards(PROMPTS, COMPLETIONS, IDS).total
+    expected = [by_hand([1, 10, 11, 20]), by_hand([1, 12, 21, 22]), by_hand([1, 13])]  # <s> in front: the tokenizer's
+    assert total == pytest.approx(expected, abs=1e-5)
+    assert len(set(total)) == 3
+
+
+def test_messages_go_through_the_reward_models_template_and_get_no_second_bos(folder):
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    completions = [[{"role": "assistant", "content": text.strip() or "w9"}] for text in COMPLETIONS]
+    total = Rewards(str(folder))(prompts, completions, IDS).total
+    # Padding is EOS here, and a row's last token that is not padding gives its score, as in TRL: EOS at the end is skipped.
+    expected = by_hand([1, 10, 11, 2, 20])
+    assert total[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_callers_model_and_tokenizer_are_left_as_they_were():
+    model, tokenizer = classifier(attention_dropout=0.5).train(), tiny_tokenizer()
+    model.model.layers[0].train(False)
+    tokenizer.pad_token = None
+    modes = [module.training for module in model.modules()]
+    rewards = Rewards((model, tokenizer))
+    assert rewards(PROMPTS, COMPLETIONS, IDS).total == rewards(PROMPTS, COMPLETIONS, IDS).total  # no dropout in it
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.pad_token_id is None
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (None, "right")
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_classifier_with_two_labels_or_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"has 2 labels; a reward is one score"):
+        Rewards((classifier(num_labels=2), tiny_tokenizer()))
+    with pytest.raises(ValueError, match=r"Give the pair \(model, tokenizer\)"):
+        Rewards(classifier())
+
+
+def test_a_language_model_is_not_taken_for_a_reward_model(tmp_path):
+    LlamaForCausalLM(classifier().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not a reward model: it has no weights for .*score.weight"):
+        Rewards(str(tmp_path))
+
+
+def test_texts_longer_than_the_reward_model_reads_are_refused():
+    with pytest.raises(CollectError, match=r"has 41 tokens, but the reward model .* reads 32"):
+        Rewards((classifier(), tiny_tokenizer()))(["w5 " * 40], [""], [[]])
+
+
+def test_prompts_that_the_reward_model_cannot_read_are_refused_at_the_door(folder):
+    rewards = Rewards((classifier(), tiny_tokenizer()))
+    rewards.check(conversational=False)
+    with pytest.raises(ValueError, match="has no chat template"):
+        rewards.check(conversational=True)
+    Rewards(str(folder)).check(conversational=True)
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights"), [([], None), ([one], [1.0, 2.0]), ([one, length], [1.0]), (one, [float("nan")])]
+)
+def test_functions_and_weights_must_match(functions, weights):
+    with pytest.raises(ValueError, match="as many finite weights"):
+        Rewards(functions, weights)
+
+
+def test_what_is_no_reward_function_is_refused():
+    with pytest.raises(TypeError, match="A reward function is 3; expected is a Hub id"):
+        Rewards([one, 3])
