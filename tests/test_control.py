@@ -111,13 +111,13 @@ def test_a_head_in_half_precision_is_refused():
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1", True, torch.tensor(1.0)])
 def test_a_wrong_step_size_is_refused(value):
-    with pytest.raises(ValueError, match="step_size is .* finite number ≥ 0"):
+    with pytest.raises(ValueError, match=r"step_size is .* finite number ≥ 0"):
         ControlConfig(step_size=value)
 
 
 @pytest.mark.parametrize("value", [-1, 1.0, "3", True, 1025, 10**9])
 def test_a_wrong_number_of_steps_is_refused(value):
-    with pytest.raises(ValueError, match="num_steps is .* from 0 to 1024"):
+    with pytest.raises(ValueError, match=r"num_steps is .* from 0 to 1024"):
         ControlConfig(num_steps=value)
 
 
@@ -125,4 +125,6 @@ def test_none_means_the_heads_own_control():
     head = tiny_head()
     head.config.control.step_size, head.config.control.num_steps = 0.125, 4
     hidden_states = torch.randn(3, 16)
-    torch.testing.assert_close(Controller(head)(hidden_states), Controller(head, ControlConfig(0.125, 4))(hidden_states))
+    torch.testing.assert_close(
+        Controller(head)(hidden_states), Controller(head, ControlConfig(0.125, 4))(hidden_states)
+    )

@@ -54,8 +54,12 @@ def left_padded(by=3):
     return inputs
 
 
-@pytest.mark.parametrize("inputs", [prompts(rows=1), prompts(), left_padded()], ids=["batch 1", "batch 3", "left padding"])
-@pytest.mark.parametrize("mode", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "inputs", [prompts(rows=1), prompts(), left_padded()], ids=["batch 1", "batch 3", "left padding"]
+)
+@pytest.mark.parametrize(
+    "mode", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+)
 def test_greedy_decoding_is_lm_head_of_h_plus_u(model, head, inputs, mode):
     expected = decode_by_hand(model, Controller(head, STEERING), steps=8, **inputs)
     actual = model.generate(**inputs, **GREEDY, **mode, recontrol_value_head=head, **STEER)
@@ -80,7 +84,7 @@ def test_left_padding_changes_nothing(model, head):
 
 
 def test_a_linear_head_is_a_bias_on_the_logits_in_every_mode(model):
-    """u is one constant vector, so the steered model is a stock model with lm_head's bias W·u: an oracle with no hook."""
+    """u is one constant vector, so the steered model is a stock one with the bias W·u: an oracle with no hook."""
     head = tiny_head(num_hidden_layers=0)
     oracle = biased_model(model, Controller(head, STEERING).control(torch.zeros(16)))
     for mode in (
@@ -131,7 +135,9 @@ def test_a_streamer_sees_the_steered_tokens(model, head):
 
 
 @pytest.mark.parametrize("off", ["no keyword", "None", "False", "zero steps", "zero step size"])
-@pytest.mark.parametrize("mode", [GREEDY, {**GREEDY, "do_sample": True}, {**GREEDY, "num_beams": 2}], ids=["greedy", "sample", "beam"])
+@pytest.mark.parametrize(
+    "mode", [GREEDY, {**GREEDY, "do_sample": True}, {**GREEDY, "num_beams": 2}], ids=["greedy", "sample", "beam"]
+)
 def test_without_control_every_logit_is_the_stock_models_bit_for_bit(head, off, mode):
     keywords = {
         "no keyword": {},
@@ -160,14 +166,19 @@ def test_the_grad_mode_does_not_matter_and_is_left_alone(model, head, context):
 def test_a_bfloat16_model_is_steered_by_a_float32_head(head):
     model = enable_recontrol(tiny_model().bfloat16())
     expected = decode_by_hand(model, Controller(head, STEERING), steps=1, **prompts())
-    assert model.generate(**prompts(), **(GREEDY | {"max_new_tokens": 1}), recontrol_value_head=head, **STEER).tolist() == expected.tolist()
+    assert (
+        model.generate(**prompts(), **(GREEDY | {"max_new_tokens": 1}), recontrol_value_head=head, **STEER).tolist()
+        == expected.tolist()
+    )
 
 
 def test_rows_end_at_their_eos(head):
     inputs = prompts()
     endless = enable_recontrol(tiny_model()).generate(**inputs, **GREEDY, recontrol_value_head=head, **STEER)
     eos = int(endless[0, 7])  # the third new token of row 0
-    actual = enable_recontrol(tiny_model()).generate(**inputs, **GREEDY, eos_token_id=eos, recontrol_value_head=head, **STEER)
+    actual = enable_recontrol(tiny_model()).generate(
+        **inputs, **GREEDY, eos_token_id=eos, recontrol_value_head=head, **STEER
+    )
     assert actual[0, 5:8].tolist() == endless[0, 5:8].tolist()
     assert set(actual[0, 8:].tolist()) <= {0}
 
@@ -184,7 +195,9 @@ def test_a_folder_that_was_written_anew_is_read_anew(model, tmp_path):
         head = tiny_head(seed)
         head.save_pretrained(tmp_path)
         expected = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER)
-        assert model.generate(**prompts(), **GREEDY, recontrol_value_head=tmp_path, **STEER).tolist() == expected.tolist()
+        assert (
+            model.generate(**prompts(), **GREEDY, recontrol_value_head=tmp_path, **STEER).tolist() == expected.tolist()
+        )
 
 
 def test_the_hidden_states_recorded_are_those_that_predict_each_token(model):
@@ -234,7 +247,11 @@ def test_enabling_keeps_what_others_rely_on(model, head, tmp_path):
     model.save_pretrained(tmp_path)
     assert model.config.architectures == ["LlamaForCausalLM"]
     assert set(model.state_dict()) == set(tiny_model().state_dict())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), enable_recontrol(LlamaForCausalLM.from_pretrained(tmp_path))):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        enable_recontrol(LlamaForCausalLM.from_pretrained(tmp_path)),
+    ):
         assert type(twin) is type(model)
         twin.generation_config = model.generation_config
         assert twin.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist() == expected.tolist()
@@ -266,7 +283,9 @@ def test_every_model_of_the_process_can_be_enabled_and_disabled(head):
     try:
         enable_recontrol()
         for model in (tiny_model(), enable_recontrol(tiny_model())):
-            assert model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist() == expected.tolist()
+            assert (
+                model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist() == expected.tolist()
+            )
     finally:
         disable_recontrol()
     assert GenerationMixin.generate is stock

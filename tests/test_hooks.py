@@ -38,7 +38,10 @@ def test_the_thread_test_can_fail():
 def wrong_generations(model, repeats):
     """Four threads: head a, head b, none, and all in turn. How many generations differ from a single thread's."""
     heads = [tiny_head(1), tiny_head(2, num_hidden_layers=2), False]
-    steered = [{"recontrol_value_head": head, "return_dict_in_generate": True, "output_logits": True, **GREEDY} for head in heads]
+    steered = [
+        {"recontrol_value_head": head, "return_dict_in_generate": True, "output_logits": True, **GREEDY}
+        for head in heads
+    ]
     expected = [torch.stack(model.generate(**prompts(rows=2), **keywords, **STEER).logits) for keywords in steered]
     assert not torch.equal(expected[0], expected[1])
     assert not torch.equal(expected[0], expected[2])
@@ -150,7 +153,9 @@ class Raises(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), StopIteration(), torch.OutOfMemoryError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), StopIteration(), torch.OutOfMemoryError()]
+)
 def test_an_exception_inside_generate_comes_out_and_nothing_stays(error):
     model, head = enable_recontrol(tiny_model()), tiny_head()
     expected = model.generate(**prompts(), **GREEDY)
@@ -193,7 +198,9 @@ def test_a_forward_that_goes_by_the_lm_head_module_is_an_error(monkeypatch):
 def test_a_forward_that_goes_by_the_hooks_is_an_error():
     model = enable_recontrol(tiny_model())
     model.__dict__["_call_impl"] = model.forward  # nn.Module.__call__ without hooks, as some wrappers do
-    model.__class__ = type(model.__class__.__name__, (model.__class__,), {"__call__": lambda self, *a, **k: self.forward(*a, **k)})
+    model.__class__ = type(
+        model.__class__.__name__, (model.__class__,), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
+    )
     with pytest.raises(SteeringNotApplied, match="went by our hooks"):
         model.generate(**prompts(), **GREEDY, recontrol_value_head=tiny_head())
 
@@ -218,7 +225,14 @@ def test_continuous_batching_is_refused_not_plain():
 def test_an_encoder_decoder_is_steered():
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, eos_token_id=None
+        vocab_size=32,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        eos_token_id=None,
     )
     model = enable_recontrol(T5ForConditionalGeneration(config).eval())
     with torch.no_grad():

@@ -238,7 +238,7 @@ def test_messages_go_through_the_reward_models_template_and_get_no_second_bos(fo
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     completions = [[{"role": "assistant", "content": text.strip() or "w9"}] for text in COMPLETIONS]
     total = Rewards(str(folder))(prompts, completions, IDS).total
-    # Padding is EOS here, and a row's last token that is not padding gives its score, as in TRL: EOS at the end is skipped.
+    # Padding is EOS here, and the last token that is not padding gives the score, as in TRL: EOS at the end is skipped.
     expected = by_hand([1, 10, 11, 2, 20])
     assert total[0] == pytest.approx(expected, abs=1e-5)
 

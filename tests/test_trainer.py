@@ -155,6 +155,16 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(tmp_path, rollouts):
     assert weights_hash(tmp_path / "resumed" / last) == weights_hash(tmp_path / "whole" / last)
     configs = [json.loads((tmp_path / run / last / "config.json").read_text()) for run in ("whole", "resumed")]
     assert configs[0] == configs[1]
+    assert configs[0]["info"]["training"]["steps"] == 20
+    assert configs[0]["info"]["evaluation"]["loss"] > 0
+
+
+def test_a_resumed_head_keeps_the_scales_that_its_weights_were_fitted_to(tmp_path, rollouts):
+    before = fit(tmp_path / "head", rollouts, max_steps=1, save_strategy="steps", save_steps=1).model
+    other = random_walk(tmp_path / "other", answers=20, seed=5).split(0.25)
+    after = fit(tmp_path / "head", other, resume=True, max_steps=2).model
+    assert after.config.reward == before.config.reward
+    assert after.input_std.tolist() == before.input_std.tolist()
 
 
 def test_a_checkpoint_is_a_head_with_no_pickled_arguments(tmp_path, rollouts):
@@ -287,12 +297,16 @@ def test_a_trained_head_can_be_evaluated_without_training_data(tmp_path, rollout
 
 
 def test_bfloat16_autocast_trains_and_leaves_a_float32_head(tmp_path, rollouts):
-    trainer = fit(tmp_path, rollouts, max_steps=3, bf16=True)
-    head, state = trainer.model, torch.randn(1, WIDTH)
-    assert head.dtype == torch.float32
-    fresh = ValueHead(head.config)
-    fresh.load_state_dict(head.state_dict())
-    torch.testing.assert_close(head(state), fresh(state), rtol=0, atol=0)
+    state = torch.randn(1, WIDTH)
+    trainer = RecontrolTrainer(
+        new_head(), arguments(tmp_path, max_steps=3, bf16=True), train_dataset=rollouts[0], eval_dataset=rollouts[1]
+    )
+    for act in (trainer.evaluate, trainer.train):
+        act()
+        assert trainer.model.dtype == torch.float32
+        fresh = ValueHead(trainer.model.config)
+        fresh.load_state_dict(trainer.model.state_dict())
+        torch.testing.assert_close(trainer.model(state), fresh(state), rtol=0, atol=0)
 
 
 def test_the_papers_recipe_fills_in_what_is_left_out(tmp_path):
@@ -348,8 +362,9 @@ def test_a_push_sends_the_head_alone(tmp_path, rollouts, hub):
     assert len(repository.commits) == 3  # the repository's first, and two while training
     assert "user/head/commit/" in trainer.push_to_hub(revision="done")
     assert set(repository.branches) == {"main", "done"}
-    for sha in list(repository.commits)[1:]:
-        assert set(repository.commits[sha]) - {".gitattributes"} == {"config.json", "model.safetensors", "README.md"}
+    files = [set(files) - {".gitattributes"} for files in repository.commits.values()]
+    assert files[1:3] == [{"config.json", "model.safetensors"}] * 2
+    assert files[3] == {"config.json", "model.safetensors", "README.md"}
     pushed = ValueHead.from_pretrained("user/head", revision="done")
     assert weights_of(pushed) == weights_of(trainer.model)
     assert pushed.config.info == trainer.model.config.info

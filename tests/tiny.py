@@ -12,7 +12,7 @@ VOCABULARY = 64
 
 
 def tiny_model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
-    """A random Llama: 2 layers, width 16, 64 tokens (<pad> 0, <s> 1, </s> 2), float32. It never ends by EOS on purpose."""
+    """A random float32 Llama: 2 layers, width 16, 64 tokens (<pad> 0, <s> 1, </s> 2). It has no EOS, on purpose."""
     torch.manual_seed(seed)
     defaults: dict[str, Any] = {
         "hidden_size": 16,

@@ -49,7 +49,7 @@ def forever(groups, tokenizer, generator, joined):
     while True:
         if joined:
             generator.shuffle(groups)
-        yield from documents([sum(groups, [])] if joined else groups, tokenizer, generator)
+        yield from documents([[text for group in groups for text in group]] if joined else groups, tokenizer, generator)
 
 
 @torch.no_grad()
@@ -85,7 +85,9 @@ def main() -> None:
         max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
@@ -112,7 +114,10 @@ def main() -> None:
         step += 1
         if step % 500 == 0:
             nats = nats_per_token(averaged.module, held_out)
-            print(f"step {step}  {done:.0%}  loss {loss.item():.3f}  held-out sentences {nats:.3f} nats a token", flush=True)
+            print(
+                f"step {step}  {done:.0%}  loss {loss.item():.3f}  held-out sentences {nats:.3f} nats a token",
+                flush=True,
+            )
             if nats < best:
                 best = nats
                 copy.deepcopy(averaged.module).to(torch.bfloat16).save_pretrained(args.output)

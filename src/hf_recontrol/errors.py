@@ -6,7 +6,7 @@ class HeadError(ValueError):
 
 
 class HeadUnavailable(OSError):  # noqa: N818 (an established name reads better than HeadUnavailableError)
-    """A head could not be fetched: no network, no such repository or revision, no access. The Hub's error is its cause."""
+    """A head could not be fetched: no network, no such repository, no access. The Hub's error is its cause."""
 
 
 class HeadMismatch(ValueError):  # noqa: N818

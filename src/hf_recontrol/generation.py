@@ -1,167 +1,21 @@
 """generate(..., recontrol_value_head=…): stock generate() of any transformers model, steered by a value head."""
 
-import difflib
 import functools
-import os
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from .control import ControlConfig, Controller
-from .errors import HeadMismatch
-from .hooks import Call, Recorder, install, is_installed, live_call, lm_head, model_name, run_live, uninstall
-from .value_head import ValueHead
-
-Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-@dataclass(frozen=True)
-class RecontrolKeywords:
-    """What generate() takes besides its own keywords, each with `recontrol_` in front."""
-
-    value_head: "ValueHead | str | os.PathLike[str] | bool | None" = None
-    """The head: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), or a ValueHead.
-    None or False is none: stock generate()."""
-    step_size: float | None = None
-    """α, ≥ 0; the head's where None. 0 is no control, bit for bit."""
-    num_steps: int | None = None
-    """n, 0 to 1024; the head's where None. 0 is no control, bit for bit."""
-    revision: str | None = None
-    """Branch, tag or commit of a head on the Hub."""
-    token: str | None = None
-    """Access token for a head on the Hub; the stored one where None."""
-    strict: bool = False
-    """Whether a head trained on another base model is an error; otherwise it is a warning."""
-
-    @classmethod
-    def pop(cls, kwargs: dict[str, Any]) -> "RecontrolKeywords":
-        """Take ours out of generate()'s keywords."""
-        ours = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("recontrol_")}
-        known = ["recontrol_" + name for name in cls.__dataclass_fields__]
-        for name in ours:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"generate() has no keyword {name!r}; the nearest is {nearest!r}. Ours: {', '.join(known)}.")
-        return cls(**{name.removeprefix("recontrol_"): value for name, value in ours.items()})
-
-    def controller(self, model: PreTrainedModel) -> Controller | None:
-        """The control that was asked for, checked against the model; None where none was.
-
-        Raises:
-            TypeError, ValueError: a keyword has a wrong value, or does nothing as it stands.
-            HeadError, HeadUnavailable, HeadMismatch: the head cannot be read, fetched, or used with this model.
-        """
-        if type(self.strict) is not bool:
-            raise ValueError(f"recontrol_strict is {self.strict!r}; it must be True or False.")
-        control = ControlConfig(step_size=self.step_size, num_steps=self.num_steps)
-        if self.value_head is None or self.value_head is False:
-            if self.value_head is None and self != RecontrolKeywords():
-                raise ValueError(
-                    "generate() was given recontrol_ keywords but no recontrol_value_head, so nothing would be steered. "
-                    "Name a head, or leave the others out."
-                )
-            return None
-        head = self._head()
-        check_base_model(head, model, strict=self.strict)
-        return Controller(head, control)
-
-    def _head(self) -> ValueHead:
-        head = self.value_head
-        if isinstance(head, ValueHead):
-            if self.revision is not None or self.token is not None:
-                raise ValueError("recontrol_revision and recontrol_token are for a head on the Hub, but a ValueHead was given.")
-            return head
-        if isinstance(head, str | os.PathLike):
-            return load_value_head(os.fspath(head), self.revision, self.token)
-        raise TypeError(
-            f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead, or False."
-        )
-
-
-class _HeadCache:
-    """Heads already read, so that each generate() does not read again: one load each, also under threads.
-
-    A folder is read again when its files change. A head on the Hub stays at the commit it was first resolved to.
-    """
-
-    def __init__(self, size: int = 16):
-        self._size = size
-        self._heads: OrderedDict[tuple[object, ...], ValueHead] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[object, ...], load: Callable[[], ValueHead]) -> ValueHead:
-        with self._lock:
-            if key not in self._heads:
-                self._heads[key] = load()
-            self._heads.move_to_end(key)
-            while len(self._heads) > self._size:
-                self._heads.popitem(last=False)
-            return self._heads[key]
-
-
-_HEADS = _HeadCache()
-
-
-def load_value_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> ValueHead:
-    """The head of that folder or Hub id, read once per process."""
-    files: tuple[object, ...] = ()
-    if os.path.isdir(name_or_path):
-        folder = Path(name_or_path).resolve()
-        files = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size, f.stat().st_ino) for f in sorted(folder.iterdir()))
-        name_or_path = str(folder)
-    load = functools.partial(ValueHead.from_pretrained, name_or_path, revision=revision, token=token)
-    return _HEADS.get((name_or_path, revision, token, files), load)
-
-
-def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = False) -> None:
-    """Refuse a head of another width; warn of a head of another base model, or refuse it where `strict`.
-
-    Raises:
-        HeadMismatch: names both sides.
-    """
-    name = model_name(model)
-    width = getattr(lm_head(model), "in_features", None) or model.config.get_text_config().hidden_size
-    head.check_width(width, repr(name or type(model).__name__))
-    trained_on = (head.config.base_model_name_or_path, head.config.base_model_type)
-    used_on = (name, model.config.model_type)
-    same = all(ours == theirs for ours, theirs in zip(trained_on, used_on, strict=True) if ours and theirs)
-    if strict and (None in (trained_on[0], name) or not same):
-        raise HeadMismatch(
-            f"The value head was trained on {trained_on[0]!r} ({trained_on[1]}), this model is {name!r} ({used_on[1]}), and "
-            "recontrol_strict asks for the same. Use the head's own base model, or leave recontrol_strict out."
-        )
-    if not same:
-        warnings.warn(
-            f"The value head was trained on {trained_on[0]!r} ({trained_on[1]}) but steers {name!r} ({used_on[1]}); its "
-            "values may mean nothing there. Silence this with warnings.filterwarnings if the two share their weights.",
-            UserWarning,
-            stacklevel=5,
-        )
-
-
-def _refuse_unread_config(kwargs: dict[str, Any], model: PreTrainedModel, keywords: RecontrolKeywords) -> None:
-    """A generation config that names a head or a strength is data, maybe a stranger's: never obeyed, never ignored."""
-    if keywords.value_head is False:
-        return
-    for where, config in (("generation_config", kwargs.get("generation_config")), ("model's", model.generation_config)):
-        found = [name for name in vars(config or GenerationConfig()) if name.startswith("recontrol_")]
-        if found:
-            raise ValueError(
-                f"The {where} generation config has {found[0]!r}. A config cannot choose what is loaded: pass it to "
-                "generate() as a keyword, or pass recontrol_value_head=False for plain text."
-            )
+from .control import Controller
+from .hooks import Call, Recorder, install, is_installed, live_call, lm_head, run_live, uninstall
+from .keywords import RecontrolKeywords, refuse_unread_config
 
 
 class RecontrolGenerationMixin:
-    """Adds the `recontrol_` keywords to generate(). Put it in front: `class M(RecontrolGenerationMixin, LlamaForCausalLM)`.
+    """Adds the `recontrol_` keywords to generate(): `class MyModel(RecontrolGenerationMixin, LlamaForCausalLM)`.
 
     For a model that exists, use `enable_recontrol(model)`.
     """
@@ -189,13 +43,17 @@ class RecontrolGenerationMixin:
 
 
 def _generate(
-    stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: Recorder | None = None
+    stock: Callable[..., Any],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: Recorder | None = None,
 ) -> Any:
     keywords = RecontrolKeywords.pop(kwargs)
     call = None
-    # assisted decoding runs the draft with a copy of the target's config: drafts are plain, the target's forward decides
+    # assisted decoding drafts with a copy of the target's config: drafts are plain, the target's forward decides
     if not getattr(kwargs.get("generation_config"), "is_assistant", False):
-        _refuse_unread_config(kwargs, model, keywords)
+        refuse_unread_config(kwargs, model, keywords)
         controller = keywords.controller(model)
         if controller is not None or recorder is not None:
             call = Call(None if controller is None else controller.edit, recorder)
@@ -296,7 +154,9 @@ def disable_recontrol(model: Any = None) -> Any:
 def _unwrap(model: Any) -> Any:
     """The transformers model inside a compiled model or a PeftModel."""
     while not isinstance(model, PreTrainedModel):
-        inside = getattr(model, "_orig_mod", None) or getattr(model, "base_model", None) or getattr(model, "model", None)
+        inside = (
+            getattr(model, "_orig_mod", None) or getattr(model, "base_model", None) or getattr(model, "model", None)
+        )
         if inside is None:
             raise TypeError(f"enable_recontrol() takes a transformers model, not a {type(model).__name__}.")
         model = inside
@@ -360,7 +220,9 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
     """
     for name, plain in {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}.items():
         if kwargs.setdefault(name, plain) != plain:
-            raise ValueError(f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}.")
+            raise ValueError(
+                f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
+            )
     recorder = Recorder(max_new_tokens)
     with _enabled(model):
         stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Self
 
 from .errors import HeadError
@@ -113,7 +114,7 @@ class ValueHeadConfig:
         """Name and shape of every tensor in model.safetensors. No other is allowed, none may be missing."""
         widths = [self.hidden_size, *[self.width] * self.num_hidden_layers, 1]
         shapes: dict[str, tuple[int, ...]] = {"input_mean": (self.hidden_size,), "input_std": (self.hidden_size,)}
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
             shapes |= {f"layers.{i}.weight": (outputs, inputs), f"layers.{i}.bias": (outputs,)}
         return shapes
 

@@ -52,7 +52,7 @@ def run_live(call: "Call | None", function: Callable[P, R], *args: P.args, **kwa
     try:
         # The loop is the lifetime: its iterator, on the value stack, is the only owner of the _Live. A variable of
         # this frame would keep steering on where a notebook keeps the traceback of an interrupt.
-        for _THREAD.live in map(weakref.ref, (_Live(call),)):  # noqa: B007 (the assignment is the point)
+        for _THREAD.live in map(weakref.ref, (_Live(call),)):
             result = function(*args, **kwargs)
             if call is not None:
                 call.finish(live_call())
@@ -104,21 +104,23 @@ class Call:
         """
         if self.missed is not None:
             raise SteeringNotApplied(
-                f"The forward pass of {self.missed} did not call its output embeddings as a module, so its hidden states "
-                "could not be reached. No text was returned. This model cannot be used with hf_recontrol as it is; "
-                "please report its name."
+                f"The forward pass of {self.missed} did not call its output embeddings as a module, so its hidden "
+                "states could not be reached. No text was returned. This model cannot be used with hf_recontrol as it "
+                "is; please report its name."
             )
         if not self.steered:
             raise SteeringNotApplied(
-                "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced after "
-                "enable_recontrol()? Call enable_recontrol() on the model that runs."
+                "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced "
+                "after enable_recontrol()? Call enable_recontrol() on the model that runs."
             )
         self.steered = False
 
     def finish(self, live: "Call | None") -> None:
         """Raise unless this call was applied and is still the live one."""
         if live is not self:
-            raise SteeringNotApplied("The live control was lost during generate(). No text was returned; please report how.")
+            raise SteeringNotApplied(
+                "The live control was lost during generate(). No text was returned; please report how."
+            )
         self.steered = self.ever
         self.check()
 
@@ -132,7 +134,9 @@ class Recorder:
 
     def __init__(self, steps: int):
         self.steps = steps
-        self.step: Tensor | None = None  # index of the next forward, int64 (1,); a tensor, so that Dynamo does not count
+        self.step: Tensor | None = (
+            None  # index of the next forward, int64 (1,); a tensor, so that Dynamo does not count
+        )
         self.buffer: Tensor | None = None  # (steps, rows, hidden_size) in the model's dtype
 
     def __call__(self, hidden_states: Tensor) -> None:
@@ -202,7 +206,7 @@ def is_installed(model: PreTrainedModel) -> bool:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Put the inert hooks on the model. May be called again: hooks on an LM head that was replaced are removed first."""
+    """Put the inert hooks on the model. May be called again: hooks on a replaced LM head are removed first."""
     head = lm_head(model)
     uninstall(model)
     owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is head]

@@ -48,7 +48,7 @@ class Collector:
         prompt_ids = [i for i in prompt_ids for _ in range(self.num_return_sequences)]
         generated, hidden_states, stopped = self._generate([self._token_ids(self.prompts[i]) for i in prompt_ids])
         eos = self._eos_token_ids()
-        ends = [_end(ids, eos, stop) for ids, stop in zip(generated, stopped, strict=True)]
+        ends = [end_of_answer(ids, eos, stop) for ids, stop in zip(generated, stopped, strict=True)]
         completion_ids = [ids[:end] for ids, (end, _) in zip(generated, ends, strict=True)]
         rows = [
             self._row(prompt_id, ids, finish)
@@ -151,7 +151,7 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
-def _end(token_ids: list[int], eos: Sequence[int], stopped: int | None) -> tuple[int, str]:
+def end_of_answer(token_ids: list[int], eos: Sequence[int], stopped: int | None = None) -> tuple[int, str]:
     """How many of the generated tokens are the answer's, EOS and stop string included, and what ended it.
 
     Found by the first EOS, not by the padding: the two may be one token.

@@ -116,17 +116,20 @@ def collect_rollouts(
         "hf_recontrol_version": package_version(),
     }
     with RolloutStore(output_dir, fingerprint) as store, evaluating(model):
-        blocks = [range(len(texts))[start : start + block_size] for start in range(0, len(texts), block_size)]
-        done = num_return_sequences * sum(len(blocks[block]) for block in store.committed)
-        total = num_return_sequences * len(texts)
-        with logging.tqdm(total=total, initial=done, desc="rollouts", unit="answer", disable=not progress) as bar:
-            for block, prompt_ids in enumerate(blocks):
-                if block not in store.committed:
-                    with seeded(model.device.type, _block_seed(seed, block)):
-                        contents = collector.collect(prompt_ids)
-                    store.commit(block, *contents)
-                    bar.update(num_return_sequences * len(prompt_ids))
+        _collect_missing(collector, store, block_size, seed, progress)
     return RolloutDataset(output_dir, verify=False)  # the store has checked each block, or has just written it
+
+
+def _collect_missing(collector: Collector, store: RolloutStore, block_size: int, seed: int, progress: bool) -> None:
+    prompts, answers = range(len(collector.prompts)), collector.num_return_sequences
+    with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
+        for block, start in enumerate(prompts[::block_size]):
+            prompt_ids = prompts[start : start + block_size]
+            if block not in store.committed:
+                with seeded(collector.model.device.type, _block_seed(seed, block)):
+                    contents = collector.collect(prompt_ids)
+                store.commit(block, *contents)
+            bar.update(answers * len(prompt_ids))
 
 
 def _as_columns(prompts: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Sequence[Text], dict[str, Any]]:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .errors import HeadMismatch, HeadUnavailable
 from .fitting import check_answers, fit_linear_head, pack_answers, set_scales, value_metrics
+from .head_format import CONFIG_NAME, WEIGHTS_NAME
+from .head_hub import push_files
 from .objectives import lambda_returns
 from .training_args import RecontrolTrainingArguments
 from .value_head import ValueHead
@@ -44,7 +46,7 @@ def newest_complete_checkpoint(output_dir: str | Path) -> str:
 class RecontrolTrainer(Trainer):
     """Fits V: minimise mean over tokens (V(s_t) − v_t)², v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}, v_T = the reward.
 
-    Policy evaluation of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4.2). s_t is the state that predicts
+    Policy evaluation of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4). s_t is the state that predicts
     token y_t; the targets carry no gradient; the reward stands at the last token. Departures: λ = 1 by default
     (`recipe="paper"` has the paper's λ = 0), the mean over tokens where the paper has the sum, and rewards and inputs
     standardised by the training set's mean and std, which are stored in the head.
@@ -63,13 +65,13 @@ class RecontrolTrainer(Trainer):
 
     Raises:
         HeadMismatch: the rollouts' hidden states are not as wide as the head reads.
-        ValueError: no answer has a finite reward.
+        ValueError: there are no answers, or some have a reward that is not a finite number.
         FloatingPointError: (from train) a loss that is not finite; nothing is saved after it.
     """
 
-    _tag_names = ("recontrol", "value-head")
+    _tag_names: ClassVar[list[str]] = ["recontrol", "value-head"]
     _name = "RE-Control"
-    _paper = {  # noqa: RUF012 (as TRL's trainers have it)
+    _paper: ClassVar[dict[str, str]] = {
         "title": "Aligning Large Language Models with Representation Editing: A Control Perspective",
         "id": "2406.05954",
     }
@@ -201,6 +203,8 @@ class RecontrolTrainer(Trainer):
     ) -> dict[str, float]:
         """What value_metrics says of held-out answers, each key with eval_ in front (eval_<name>_ for a dict)."""
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not self.is_in_train:
+            self._restore_forward()
         if eval_dataset is None and metric_key_prefix == "eval":
             timings = ("_runtime", "_per_second", "_preparation_time", "epoch")
             kept = {name: value for name, value in metrics.items() if not name.endswith(timings)}
@@ -229,10 +233,13 @@ class RecontrolTrainer(Trainer):
             if self.eval_dataset is not None and (stale or self.args.load_best_model_at_end):
                 self.evaluate()
         finally:
-            # Under bf16=True accelerate replaces head.forward by one that autocasts; the head must not keep it.
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self._restore_forward()
         self._describe_run()
         return output
+
+    def _restore_forward(self) -> None:
+        # Under bf16=True accelerate replaces head.forward by one that autocasts; a head computes in float32 elsewhere.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _describe_run(self) -> None:
         """Write into head.config.info what was done so far, and the metrics of the very weights the head has."""
@@ -314,9 +321,18 @@ class RecontrolTrainer(Trainer):
         return url
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.hub_strategy == HubStrategy.END:
+        """Send the two files that a head is loaded from; the card waits for push_to_hub and the final figures."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+            push_files(
+                self._repo_id(),
+                {name: (Path(checkpoint_folder) / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)},
+                revision=self.args.hub_revision,
+                token=self.args.hub_token,
+                private=self.args.hub_private_repo,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+            )
         except HeadUnavailable as error:  # the checkpoint is on the disk: the network need not end the training
             warnings.warn(f"Training goes on, but a push failed. {error}", stacklevel=2)

@@ -5,6 +5,7 @@ arXiv:2406.05954, section 4: V is a small MLP on the language model's last hidde
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -68,7 +69,7 @@ class ValueHead(HeadFiles, nn.Module):
         self.config = config
         widths = [config.hidden_size, *[config.width] * config.num_hidden_layers, 1]
         self.layers = nn.ModuleList(
-            nn.Linear(inputs, outputs, dtype=torch.float32) for inputs, outputs in zip(widths, widths[1:], strict=False)
+            nn.Linear(inputs, outputs, dtype=torch.float32) for inputs, outputs in pairwise(widths)
         )
         self.register_buffer("input_mean", torch.zeros(config.hidden_size, dtype=torch.float32))
         self.register_buffer("input_std", torch.ones(config.hidden_size, dtype=torch.float32))
@@ -127,7 +128,7 @@ class ValueHead(HeadFiles, nn.Module):
         if hidden_size != self.config.hidden_size:
             trained_on = self.config.base_model_name_or_path or "an unnamed model"
             raise HeadMismatch(
-                f"The value head reads hidden states {self.config.hidden_size} wide (it was trained on {trained_on!r}), "
-                f"but those of {model_name} are {hidden_size} wide. Use a head trained on this model, or train one "
-                "with RecontrolTrainer."
+                f"The value head reads hidden states {self.config.hidden_size} wide (it was trained on "
+                f"{trained_on!r}), but those of {model_name} are {hidden_size} wide. Use a head trained on this "
+                "model, or train one with RecontrolTrainer."
             )

@@ -1,0 +1,5 @@
+"""python -m hf_recontrol"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,60 @@
+"""What the demo brings along, and how it is loaded. Nothing is downloaded."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..generation import enable_recontrol
+from ..rewards import Rewards
+from ..value_head import ValueHead
+
+FOLDER = Path(__file__).parent
+MAX_NEW_TOKENS = 40
+HEADS = {"linear_head": "linear head", "value_head": "MLP head", "random_direction": "random direction"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo's parts, each read when it is first asked for."""
+
+    folder: Path = FOLDER
+    """Holds language_model/, reward/, judge/ and prompts.json."""
+    heads_folder: Path | None = None
+    """Holds a folder for each of HEADS; `folder` where None."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The language model, enabled, in float32: its arithmetic is fastest so on a CPU."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "language_model", dtype=torch.float32)
+        enabled: PreTrainedModel = enable_recontrol(model.eval())
+        return enabled
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder / "language_model")
+        return tokenizer
+
+    @cached_property
+    def scorers(self) -> Rewards:
+        """The reward that heads are trained on, and the judge that none has seen: named "reward" and "judge"."""
+        return Rewards([str(self.folder / "reward"), str(self.folder / "judge")])
+
+    @cached_property
+    def reward(self) -> Rewards:
+        """The reward alone."""
+        return Rewards(str(self.folder / "reward"))
+
+    @cached_property
+    def prompts(self) -> dict[str, list[str]]:
+        """The first six words of sentences: "train"; and of held-out ones, "validation" (200) and "test" (400)."""
+        prompts: dict[str, list[str]] = json.loads((self.folder / "prompts.json").read_text(encoding="utf-8"))
+        return prompts
+
+    def head(self, name: str) -> ValueHead:
+        """One of HEADS, with the control that was chosen for it on the validation prompts."""
+        return ValueHead.from_pretrained((self.heads_folder or self.folder) / name)

@@ -1,0 +1,191 @@
+"""How the demo's heads are made: rollouts of the base model, two heads fitted to them, a strength chosen for each."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..control import Controller
+from ..evaluation import distinct_n, evaluate_answers
+from ..fitting import fit_linear_head
+from ..rollout_store import RolloutDataset
+from ..rollouts import collect_rollouts
+from ..trainer import RecontrolTrainer
+from ..training_args import RecontrolTrainingArguments
+from ..value_head import ValueHead, ValueHeadConfig
+from .assets import MAX_NEW_TOKENS, Demo
+from .comparison import Row, sample_scored
+
+MAX_PERPLEXITY_RATIO = 1.4  # a tenth below the 1.5 that a steered text may cost at most, for the noise of 200 prompts
+MIN_RATIO = 0.95  # of diversity and of distinct-3
+MAX_LENGTH_CHANGE = 0.1
+NUM_STEPS = 30
+ROWS_PER_BATCH = 200
+DATA = {
+    "data": "texts written by the demo's own language model, which was trained on Sentence Polarity Dataset 1.0 "
+    "(Pang and Lee 2005) and Sentiment Polarity Dataset 2.0 (Pang and Lee 2004), both CC BY 4.0",
+    "license": "cc-by-4.0",
+    "language": "en",
+}
+
+
+def collect(demo: Demo, prompts: Sequence[str], output_dir: Path, *, answers: int) -> RolloutDataset:
+    """`answers` sampled answers of the base model to each prompt, with the reward and the hidden states."""
+    return collect_rollouts(
+        demo.model,
+        demo.tokenizer,
+        list(prompts),
+        demo.reward,
+        output_dir,
+        num_return_sequences=answers,
+        block_size=max(1, ROWS_PER_BATCH // answers),
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def train_value_head(train: Any, held_out: Any, output_dir: Path) -> ValueHead:
+    """The MLP head: one hidden layer as wide as the model, fitted by RecontrolTrainer with its own defaults."""
+    torch.manual_seed(0)
+    head = ValueHead(ValueHeadConfig(hidden_size=train.dataset.hidden_size))
+    args = RecontrolTrainingArguments(output_dir=str(output_dir), report_to="none", save_strategy="no", use_cpu=True)
+    RecontrolTrainer(head, args, train_dataset=train, eval_dataset=held_out).train()
+    return head.eval()
+
+
+def random_direction(hidden_size: int, seed: int = 0) -> ValueHead:
+    """The placebo: a linear head whose one direction is random."""
+    head = ValueHead(ValueHeadConfig(hidden_size=hidden_size, num_hidden_layers=0))
+    direction = torch.randn(hidden_size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.layers[0].weight.copy_(direction / direction.norm())
+        head.layers[0].bias.zero_()
+    head.config.info["training"] = {"recipe": "none: a random direction, for comparison", "seed": seed}
+    return head.eval()
+
+
+def make_heads(
+    demo: Demo,
+    output_dir: Path,
+    *,
+    prompts: int,
+    answers: int,
+    validation_answers: int = 4,
+    rollouts_dir: Path | None = None,
+    echo: Callable[[str], None],
+) -> dict[str, ValueHead]:
+    """Collect rollouts, fit the two heads, choose a strength for each, and save them and the placebo.
+
+    Args:
+        demo: the language model, the reward and the prompts.
+        output_dir: where linear_head, value_head and random_direction go.
+        prompts: how many training prompts are answered, by `answers` answers each.
+        validation_answers: to each validation prompt, at each strength that is tried.
+        rollouts_dir: where rollouts are kept, and resumed; a temporary folder where None.
+        echo: is told each setting that was tried.
+
+    Returns:
+        The three heads by their names.
+    """
+    validation = demo.prompts["validation"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = rollouts_dir or Path(scratch, "rollouts")
+        rollouts = collect(demo, demo.prompts["train"][:prompts], folder, answers=answers)
+        train, held_out = rollouts.split(0.1, seed=0)
+        heads = {
+            "linear_head": fit_linear_head(train),
+            "value_head": train_value_head(train, held_out, Path(scratch, "run")),
+        }
+    for name, head in heads.items():
+        for row in choose_step_size(demo, head, validation, answers=validation_answers):
+            echo(f"{name}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in row.items() if key != "n"))
+    heads["random_direction"] = random_direction(rollouts.hidden_size)
+    target = heads["value_head"].config.info["validation"]["chosen"]["kl_per_answer"]
+    match_kl(demo, heads["random_direction"], validation, target)
+    for name, head in heads.items():
+        head.config.info |= DATA
+        head.save_pretrained(output_dir / name, replace_model_card=True)
+    return heads
+
+
+def choose_step_size(
+    demo: Demo, head: ValueHead, prompts: Sequence[str], *, answers: int = 4
+) -> list[dict[str, float]]:
+    """Set the head's α to the one with the highest reward whose texts are still sound, on validation prompts.
+
+    Sound: perplexity at most 1.4 × the base model's, diversity on 20 words and distinct-3 at least 0.95 ×, mean length
+    within 10 %. By the reward, not by the judge, who is kept for the test. α grows by a quarter until it is too much.
+
+    Returns:
+        The settings tried, with their figures.
+    """
+    head.config.control.num_steps = 1 if head.config.num_hidden_layers == 0 else NUM_STEPS
+    base = _figures(demo, sample_scored(demo, prompts, answers, scorers=demo.reward)[0], None)
+    states = _typical_states(demo, prompts)
+    start = 0.02 * float(states.norm(dim=-1).mean() / head.gradient(states).norm(dim=-1).mean())
+    step_size, tried, chosen = start / head.config.control.num_steps, [], 0.0
+    for _ in range(30):
+        head.config.control.step_size = step_size
+        rows, _ = sample_scored(demo, prompts, answers, head, scorers=demo.reward)
+        figures = _figures(demo, rows, head)
+        tried.append({"step_size": step_size, **figures})
+        if not _is_sound(figures, base):
+            break
+        if figures["reward"] >= max(row["reward"] for row in tried):
+            chosen = step_size
+        step_size *= 1.25
+    if not chosen:
+        raise ValueError(
+            "No step size gave sound texts: the smallest one tried already did harm. Train the head longer."
+        )
+    head.config.control.step_size = chosen
+    head.config.info["validation"] = {
+        "prompts": len(prompts),
+        "answers": answers,
+        "base": base,
+        "chosen": next(row for row in tried if row["step_size"] == chosen),
+    }
+    return tried
+
+
+def match_kl(demo: Demo, head: ValueHead, prompts: Sequence[str], kl_per_answer: float, *, answers: int = 2) -> float:
+    """Set the head's α so that its texts are `kl_per_answer` nats away from the base model; returns the KL reached."""
+    head.config.control.num_steps = 1
+    low, high, reached = 1e-3, 1e3, 0.0
+    for _ in range(12):  # bisection in log α
+        head.config.control.step_size = math.sqrt(low * high)
+        rows, _ = sample_scored(demo, prompts, answers, head, scorers=demo.reward)
+        reached = _figures(demo, rows, head)["kl_per_answer"]
+        low, high = (
+            (head.config.control.step_size, high) if reached < kl_per_answer else (low, head.config.control.step_size)
+        )
+        if abs(reached / kl_per_answer - 1) < 0.03:
+            break
+    return reached
+
+
+def _figures(demo: Demo, rows_of: list[list[Row]], head: ValueHead | None) -> dict[str, float]:
+    rows = [{name: row[name] for name in ("prompt", "completion", "token_ids")} for rows in rows_of for row in rows]
+    controller = None if head is None else Controller(head)
+    figures = evaluate_answers(rows, model=demo.model, tokenizer=demo.tokenizer, controller=controller)
+    figures["distinct_3"] = distinct_n([rows[0]["completion"] for rows in rows_of])
+    figures["reward"] = sum(row["reward"] for rows in rows_of for row in rows) / len(rows)
+    return figures
+
+
+def _is_sound(figures: dict[str, float], base: dict[str, float]) -> bool:
+    ratio = {name: figures[name] / base[name] for name in ("perplexity", "diversity_20", "distinct_3", "length")}
+    return (
+        ratio["perplexity"] <= MAX_PERPLEXITY_RATIO
+        and min(ratio["diversity_20"], ratio["distinct_3"]) >= MIN_RATIO
+        and abs(ratio["length"] - 1) <= MAX_LENGTH_CHANGE
+    )
+
+
+@torch.no_grad()
+def _typical_states(demo: Demo, prompts: Sequence[str]) -> torch.Tensor:
+    inputs = demo.tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    states: torch.Tensor = demo.model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0][:, -1]
+    return states
