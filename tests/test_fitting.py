@@ -83,12 +83,14 @@ def test_a_head_that_was_trained_before_keeps_its_scales():
     assert head.config.reward == scale
 
 
-def test_a_dimension_that_never_moves_is_not_divided_by_zero():
-    answers, head = Answers(), ValueHead(ValueHeadConfig(hidden_size=6))
+@pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, -7e4 / 3])  # most are not binary fractions: their sums round
+def test_a_dimension_that_never_moves_is_not_divided_by_zero(value):
+    answers, head = Answers(dtype=torch.float64), ValueHead(ValueHeadConfig(hidden_size=6))
     for answer in answers.items:
-        answer["hidden_states"][:, 3] = 0.1  # not a binary fraction: its sums round
+        answer["hidden_states"][:, 3] = value
     set_scales(head, answers)
     assert head.input_std[3] == 1
+    assert fit_linear_head(answers).layers[0].weight[0, 3].abs() < 1e-6
 
 
 def test_equal_rewards_warn_and_take_the_std_as_one():

@@ -334,6 +334,16 @@ def test_a_header_of_spaces_and_a_million_tensors_are_refused_quickly(folder):
     assert time.monotonic() - start < 2
 
 
+def test_a_header_beyond_its_cap_is_refused_even_in_a_file_that_is_small_enough(head, folder):
+    write_weights(folder, {name: tensor.half() for name, tensor in head.state_dict().items()})
+    header, data = parts(folder)
+    text = json.dumps(header).encode()
+    write_raw(folder, text.ljust(64 * 1024), data)
+    ValueHead.from_pretrained(folder)
+    write_raw(folder, text.ljust(64 * 1024 + 8), data)
+    refused(folder, "at most 65536 are allowed")
+
+
 @pytest.mark.parametrize("name", ["input_mean", "input_std", "layers.0.weight", "layers.1.bias"])
 def test_a_missing_a_renamed_and_an_unexpected_tensor_are_named(head, folder, name):
     tensors = dict(head.state_dict())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hub_server import TOKEN
 from torch.utils.data import ConcatDataset
+from transformers import HfArgumentParser
 
 import hf_recontrol.trainer as trainer_module
 import hf_recontrol.training_args as args_module
@@ -150,6 +151,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(tmp_path, rollouts):
     settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 4}
     fit(tmp_path / "whole", rollouts, **settings)
     shutil.copytree(tmp_path / "whole/checkpoint-10", tmp_path / "resumed/checkpoint-10")
+    (tmp_path / "resumed/checkpoint-15").mkdir()  # as a run that was killed while it saved leaves one
     fit(tmp_path / "resumed", rollouts, head=new_head(seed=1), resume=True, **settings)
     last = "checkpoint-20"
     assert weights_hash(tmp_path / "resumed" / last) == weights_hash(tmp_path / "whole" / last)
@@ -316,6 +318,12 @@ def test_the_papers_recipe_fills_in_what_is_left_out(tmp_path):
     shorter = arguments(tmp_path, recipe="paper", num_train_epochs=3.0)
     assert (shorter.num_train_epochs, shorter.td_lambda) == (3, 0.0)
     assert arguments(tmp_path).td_lambda == 1.0
+
+
+def test_a_command_line_can_say_every_argument(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--recipe", "paper", "--standardize_inputs", "true"]
+    (parsed,) = HfArgumentParser(RecontrolTrainingArguments).parse_args_into_dataclasses(words)
+    assert (parsed.standardize_inputs, parsed.learning_rate, parsed.lr_scheduler_type) == (True, 1e-4, "constant")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 import random
 import time
 from pathlib import Path
+from string import Template
 
 import torch
 from texts import reviews, sentences
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROW, ROWS = 128, 32
+CARD = Path(__file__).with_name("language_model_card.md")
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -56,6 +58,13 @@ def forever(groups, tokenizer, generator, joined):
 def nats_per_token(model, rows: torch.Tensor) -> float:
     losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in rows[:, :ROW].split(64)]
     return sum(losses) / len(rows)
+
+
+def write_card(folder: Path, parameters: int, tokens: int, nats: float, held_out_tokens: int) -> None:
+    """The model's card, with the run's figures in place of its $names."""
+    figures = {"parameters": f"{parameters / 1e6:.1f}", "tokens": f"{tokens / 1e6:.0f}", "nats": f"{nats:.2f}"}
+    card = Template(CARD.read_text(encoding="utf-8")).substitute(figures, held_out=f"{held_out_tokens:,}")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:
@@ -97,8 +106,8 @@ def main() -> None:
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     loss_of = torch.compile(lambda rows: model(input_ids=rows[:, :ROW], labels=rows[:, :ROW], use_cache=False).loss)
 
-    step, start, best = 0, time.time(), float("inf")
-    while (done := (time.time() - start) / 60 / args.minutes) < 1:
+    step, start, best, done = 0, time.time(), float("inf"), 0.0
+    while done < 1:
         share = 0.2 if done < 0.6 else 0.2 + 0.3 * (done - 0.6) / 0.4  # sentences come to the fore towards the end
         count = round(share * ROWS)
         rows = torch.stack([next(streams[0]) for _ in range(count)] + [next(streams[1]) for _ in range(ROWS - count)])
@@ -111,18 +120,15 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         averaged.update_parameters(model)
-        step += 1
-        if step % 500 == 0:
+        step, done = step + 1, (time.time() - start) / 60 / args.minutes
+        if step % 500 == 0 or done >= 1:
             nats = nats_per_token(averaged.module, held_out)
-            print(
-                f"step {step}  {done:.0%}  loss {loss.item():.3f}  held-out sentences {nats:.3f} nats a token",
-                flush=True,
-            )
+            print(f"step {step}  {done:.0%}  loss {loss.item():.3f}  held-out sentences {nats:.3f} nats a token")
             if nats < best:
                 best = nats
                 copy.deepcopy(averaged.module).to(torch.bfloat16).save_pretrained(args.output)
                 tokenizer.save_pretrained(args.output)
-    print(f"{step} steps, {step * ROW * ROWS / 1e6:.0f} M tokens, best {best:.3f} nats a token")
+    write_card(args.output, model.num_parameters(), step * ROW * ROWS, best, len(held_out) * ROW)
 
 
 if __name__ == "__main__":

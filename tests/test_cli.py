@@ -1,0 +1,64 @@
+"""The command line, as processes: what it prints, and its exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_head
+
+from hf_recontrol.demo.assets import FOLDER
+
+MODEL = str(FOLDER / "language_model")
+
+
+def run(*arguments, timeout=300):
+    """A hf-recontrol process without a network."""
+    command = [sys.executable, "-m", "hf_recontrol", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_help_names_the_commands():
+    process = run("--help")
+    assert process.returncode == 0
+    assert all(name in process.stdout for name in ("demo", "generate", "info"))
+
+
+def test_info_is_the_heads_config():
+    process = run("info", str(FOLDER / "value_head"))
+    assert process.returncode == 0, process.stderr
+    config = json.loads(process.stdout)
+    assert config["kind"] == "value"
+    assert config["base_model_name_or_path"] == "language_model"
+    assert (
+        config["parameters"]
+        == config["hidden_size"] * config["intermediate_size"] + 2 * config["intermediate_size"] + 1
+    )
+
+
+def test_generate_steers_and_says_nothing_else():
+    texts = {}
+    for name, extra in {"plain": (), "steered": ("--value-head", str(FOLDER / "value_head"))}.items():
+        process = run("generate", MODEL, "the film is a", "--max-new-tokens", "12", "--temperature", "0", *extra)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.startswith("the film is a ")
+        texts[name] = process.stdout
+    assert texts["plain"] != texts["steered"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("info", "no/such-folder/here"), "no/such-folder/here"),
+        (("generate", MODEL, "the film", "--step-size", "1"), "no recontrol_value_head"),
+        (("generate", MODEL, "the film", "--value-head", "OTHER"), "8 wide"),
+        (("generate", MODEL, "the film", "--value-head", "HEAD", "--num-steps", "2000"), "0 to 1024"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(tmp_path, arguments, words):
+    tiny_head(hidden_size=8).save_pretrained(tmp_path)
+    folders = {"OTHER": str(tmp_path), "HEAD": str(FOLDER / "value_head")}
+    process = run(*(folders.get(argument, argument) for argument in arguments))
+    assert process.returncode == 2
+    assert words in process.stderr
+    assert "Traceback" not in process.stderr

@@ -1,0 +1,94 @@
+"""The demo: what is shipped, that it runs with no network, and that its table says what the README says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_recontrol import HeadError
+from hf_recontrol.demo.assets import FOLDER, HEADS, Demo
+from hf_recontrol.demo.comparison import compare, sample
+from hf_recontrol.demo.report import CAUTION, show
+from hf_recontrol.demo.training import make_heads
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Demo()
+
+
+def test_the_package_data_is_small():
+    sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert max(sizes.values()) < 10_000_000
+    assert sum(sizes.values()) <= 12_000_000
+
+
+@pytest.mark.parametrize("part", ["language_model", "reward", "judge", *HEADS])
+def test_every_part_has_a_card_with_its_data_and_licence(part):
+    card = (FOLDER / part / "README.md").read_text(encoding="utf-8")
+    assert "cc-by-4.0" in card
+    assert "Pang and Lee" in card
+    assert str(Path.home()) not in card
+
+
+def test_the_prompts_are_six_whole_words_and_held_out(demo):
+    prompts = demo.prompts
+    assert {name: len(prompts[name]) for name in ("validation", "test")} == {"validation": 200, "test": 400}
+    every = [prompt for part in prompts.values() for prompt in part]
+    assert all(len(prompt.split(" ")) == 6 for prompt in every)
+    assert len(set(every)) == len(every)
+
+
+def test_the_scorers_tell_praise_from_blame(demo):
+    texts = ["a warm, funny and moving film", "a dull, lifeless and tedious mess"]
+    scores = demo.scorers(["", ""], texts, [[], []])
+    for good, bad in scores.per_function.values():
+        assert good > bad
+
+
+def test_a_sample_is_the_same_again_and_leaves_the_random_state_alone(demo):
+    state = torch.get_rng_state()
+    first = sample(demo.model, demo.tokenizer, demo.prompts["test"][:3], seed=5)
+    assert sample(demo.model, demo.tokenizer, demo.prompts["test"][:3], seed=5) == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_demo_shows_texts_and_a_table(demo):
+    lines = []
+    results = show(demo, 10, lines.append)
+    text = "\n".join(lines)
+    assert [result.name for result in results] == ["base", *HEADS.values(), "best-of-4", "best-of-16"]
+    assert CAUTION in text
+    assert "≤ 1.84" in text  # best-of-16: log 16 − 15/16
+    assert results[0].gains["judge"].mean == 0
+    assert max(len(line) for line in lines) <= 140
+
+
+@pytest.mark.slow
+def test_the_mlp_head_gains_by_the_judge_and_the_texts_stay_sound(demo):
+    results = {result.name: result for result in compare(demo, demo.prompts["test"])}
+    base, steered, placebo = (results[name].figures for name in ("base", "MLP head", "random direction"))
+    assert results["MLP head"].gains["judge"].low > 0.5
+    assert results["random direction"].gains["judge"].high < results["MLP head"].gains["judge"].low
+    assert steered["perplexity"] <= 1.5 * base["perplexity"]
+    assert steered["diversity_20"] >= 0.95 * base["diversity_20"]
+    assert steered["distinct_3"] >= 0.95 * base["distinct_3"]
+    assert abs(steered["length"] / base["length"] - 1) <= 0.1
+    assert placebo["kl_per_answer"] == pytest.approx(steered["kl_per_answer"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_heads_can_be_made_anew(demo, tmp_path):
+    said = []
+    heads = make_heads(demo, tmp_path, prompts=60, answers=2, validation_answers=1, echo=said.append)
+    assert set(heads) == set(HEADS)
+    for name in HEADS:
+        info = Demo(heads_folder=tmp_path).head(name).config.info
+        assert json.loads(json.dumps(info)) == info
+    assert any(line.startswith("value_head: step_size") for line in said)
+
+
+def test_a_head_that_is_not_there_is_named(tmp_path):
+    with pytest.raises((HeadError, OSError), match="value_head"):
+        Demo(heads_folder=tmp_path).head("value_head")

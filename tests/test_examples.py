@@ -1,0 +1,47 @@
+"""The README's own lines run, with the demo's model and head in place of the names they use."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_recontrol.demo.assets import FOLDER, Demo
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def block(heading):
+    """The python code under a heading of the README."""
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def test_the_lines_that_steer_a_model_run():
+    code = block("Steer your own model").replace("Qwen/Qwen3-0.6B", str(FOLDER / "language_model"))
+    names = {}
+    exec(code.replace("path/to/head", str(FOLDER / "value_head")), names)
+    texts = [names["tokenizer"].decode(names[name][0]) for name in ("plain", "steered", "stronger")]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_lines_that_train_a_head_run(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    demo = Demo()
+    names = {"model": demo.model, "tokenizer": demo.tokenizer, "prompts": demo.prompts["train"][:12]}
+    code = block("Train a head").replace("max_new_tokens=128", "max_new_tokens=8").replace('"path/to/head"', '"head"')
+    exec(
+        code.replace('RecontrolTrainingArguments("runs")', 'RecontrolTrainingArguments("runs", report_to="none")'),
+        names,
+    )
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_the_readme_names_only_files_that_exist():
+    root = README.parent
+    text = README.read_text(encoding="utf-8")
+    assert all((root / name).exists() for name in re.findall(r"`(examples/[\w/.]*|\.ci/[\w/.]*)`", text))
