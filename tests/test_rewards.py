@@ -227,10 +227,11 @@ def test_names_are_trls_and_each_stands_once(folder):
 def test_a_classifier_scores_prompt_and_completion_without_padding_effects(folder, kind):
     model = LlamaForSequenceClassification.from_pretrained(folder)
     function = {"str": str(folder), "path": folder, "model": model, "pair": (classifier(), tiny_tokenizer())}[kind]
-    rewards = Rewards(function, batch_size=2)
-    total = rewards(PROMPTS, COMPLETIONS, IDS).total
+    total = Rewards(function)(PROMPTS, COMPLETIONS, IDS).total
+    in_batches = Rewards(function, batch_size=2)(PROMPTS, COMPLETIONS, IDS).total
     expected = [by_hand([1, 10, 11, 20]), by_hand([1, 12, 21, 22]), by_hand([1, 13])]  # <s> in front: the tokenizer's
-    assert total == pytest.approx(expected, abs=1e-5)
+    assert total == pytest.approx(expected, abs=1e-5)  # the last text is padded
+    assert in_batches == pytest.approx(expected, abs=1e-5)
     assert len(set(total)) == 3
 
 

@@ -49,7 +49,7 @@ def collect(demo: Demo, prompts: Sequence[str], output_dir: Path, *, answers: in
 def train_value_head(train: Any, held_out: Any, output_dir: Path) -> ValueHead:
     """The MLP head: one hidden layer as wide as the model, fitted by RecontrolTrainer with its own defaults."""
     torch.manual_seed(0)
-    head = ValueHead(ValueHeadConfig(hidden_size=train.dataset.hidden_size))
+    head = ValueHead(ValueHeadConfig(hidden_size=train.hidden_size))
     args = RecontrolTrainingArguments(output_dir=str(output_dir), report_to="none", save_strategy="no", use_cpu=True)
     RecontrolTrainer(head, args, train_dataset=train, eval_dataset=held_out).train()
     return head.eval()
