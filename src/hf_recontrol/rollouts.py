@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .head_config import shown
 from .head_hub import package_version
+from .hooks import model_name
 from .rewards import RESERVED, RewardFunc, Rewards, Text
 from .rollout_blocks import Collector, evaluating, seeded
 from .rollout_store import RolloutDataset, RolloutStore
@@ -203,7 +204,7 @@ def _more(generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
     text_config = model.config.get_text_config()
     return {
-        "base_model_name_or_path": model.config._name_or_path or None,
+        "base_model_name_or_path": model_name(model),
         "base_model_revision": getattr(model.config, "_commit_hash", None),
         "base_model_type": model.config.model_type,
         "hidden_size": getattr(text_config, "hidden_size", None),
