@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import prompts, tiny_head, tiny_model
 from torch.nn import functional
-from transformers import LlamaForCausalLM, LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers import CompileConfig, LlamaForCausalLM, LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_recontrol import SteeringNotApplied, enable_recontrol, hooks
 from hf_recontrol.hooks import Call, live_call, run_live
@@ -185,7 +186,7 @@ def test_a_generate_inside_a_generate_is_its_own():
 def no_head_call(self, *args, **kwargs):
     """A forward that uses the LM head's weight and not its module."""
     hidden_states = self.model(kwargs["input_ids"], attention_mask=kwargs.get("attention_mask"), use_cache=False)[0]
-    return types.SimpleNamespace(logits=functional.linear(hidden_states, self.lm_head.weight), past_key_values=None)
+    return CausalLMOutputWithPast(logits=functional.linear(hidden_states, self.lm_head.weight))
 
 
 def test_a_forward_that_goes_by_the_lm_head_module_is_an_error(monkeypatch):
@@ -260,11 +261,16 @@ def test_a_model_with_a_generate_of_its_own_is_refused():
         enable_recontrol(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.slow
-def test_a_compiled_model_with_a_static_cache_is_steered():
+def test_a_compiled_forward_with_a_static_cache_is_steered():
+    """transformers' own compiled decoding, as one graph; Dynamo's tracing is what could go wrong, not a backend."""
     model, head = enable_recontrol(tiny_model()), tiny_head()
     expected = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER)
-    model.forward = torch.compile(model.forward, fullgraph=True)
-    actual = model.generate(**prompts(), **GREEDY, cache_implementation="static", recontrol_value_head=head, **STEER)
-    assert actual.tolist() == expected.tolist()
-    model.generate(**prompts(), **GREEDY, cache_implementation="static")
+    plain = model.generate(**prompts(), **GREEDY)
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True  # else a CPU is never compiled for
+    static = {"cache_implementation": "static", "compile_config": compile_config, **GREEDY}
+    torch._dynamo.reset()
+    for _ in range(2):
+        assert model.generate(**prompts(), **static).tolist() == plain.tolist()
+        assert model.generate(**prompts(), **static, recontrol_value_head=head, **STEER).tolist() == expected.tolist()
+    assert "_compiled_call" in vars(model)

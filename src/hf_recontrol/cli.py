@@ -66,7 +66,6 @@ def generate(
     tokenizer = AutoTokenizer.from_pretrained(model)
     language_model = enable_recontrol(AutoModelForCausalLM.from_pretrained(model))
     inputs = tokenizer(prompt, return_tensors="pt").to(language_model.device)
-    inputs.pop("token_type_ids", None)
     set_seed(seed)
     output = language_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, **given)
     typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -56,6 +56,8 @@ def _generate(
         refuse_unread_config(kwargs, model, keywords)
         controller = keywords.controller(model)
         if controller is not None or recorder is not None:
+            if kwargs.get("cache_implementation") == "paged":
+                raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
             call = Call(None if controller is None else controller.edit, recorder)
             if not is_installed(model):
                 install(model)
@@ -77,7 +79,7 @@ def _check_forward() -> None:
 
 
 @functools.cache
-def _enabled_class(stock: type) -> type:
+def _enabled_class(stock: Any) -> Any:
     """A subclass of the model's class with our mixin in front, and the stock name.
 
     Pipelines, saved configs and servers go by the class's name; generate() takes its decoding methods from the class.
@@ -87,7 +89,7 @@ def _enabled_class(stock: type) -> type:
 
 
 def _new_enabled(stock: type) -> Any:
-    enabled = _enabled_class(stock)
+    enabled: Any = _enabled_class(stock)
     return enabled.__new__(enabled)
 
 
@@ -131,7 +133,7 @@ def enable_recontrol(model: Any = None) -> Any:
         )
     lm_head(inner)
     if not isinstance(inner, RecontrolGenerationMixin):
-        inner.__class__ = _enabled_class(type(inner))
+        inner.__class__ = _enabled_class(type(inner))  # type: ignore[arg-type]
     install(inner)
     return model
 
@@ -169,8 +171,8 @@ _PATCHED: dict[str, Any] = {}
 def _patch_generation_mixin() -> None:
     if _PATCHED:
         return
-    generate = _PATCHED["generate"] = GenerationMixin.generate
-    update = _PATCHED["_update_model_kwargs_for_generation"] = GenerationMixin._update_model_kwargs_for_generation
+    names = ("generate", "_update_model_kwargs_for_generation")
+    generate, update = (_PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names)
 
     @functools.wraps(generate)
     def patched_generate(self: Any, *args: Any, **kwargs: Any) -> Any:

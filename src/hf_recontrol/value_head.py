@@ -18,17 +18,20 @@ from .head_files import HeadFiles
 
 
 def _relu_slope(z: Tensor) -> Tensor:
-    return (z > 0).to(z.dtype)  # 0 at the kink, as autograd has it
+    slope: Tensor = (z > 0).to(z.dtype)  # 0 at the kink, as autograd has it
+    return slope
 
 
 def _silu_slope(z: Tensor) -> Tensor:
     gate = torch.sigmoid(z)
-    return gate * (1 + z * (1 - gate))
+    slope: Tensor = gate * (1 + z * (1 - gate))
+    return slope
 
 
 def _gelu_slope(z: Tensor) -> Tensor:
     density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
-    return (1 + torch.erf(z / 2**0.5)) / 2 + z * density
+    slope: Tensor = (1 + torch.erf(z / 2**0.5)) / 2 + z * density
+    return slope
 
 
 def _tanh_slope(z: Tensor) -> Tensor:
@@ -118,9 +121,10 @@ class ValueHead(HeadFiles, nn.Module):
             z = layer(x)
             slopes.append(slope(z))
             x = activation(z)
-        gradient = self.layers[-1].weight[0].expand(*hidden_states.shape[:-1], -1)
-        for layer, slope_at_z in zip(reversed(self.layers[:-1]), reversed(slopes), strict=True):
-            gradient = (gradient * slope_at_z) @ layer.weight
+        weights: list[Tensor] = [layer.weight for layer in self.layers]  # type: ignore[misc]
+        gradient = weights.pop()[0].expand(*hidden_states.shape[:-1], -1)
+        while weights:
+            gradient = (gradient * slopes.pop()) @ weights.pop()
         return gradient / self.input_std
 
     def check_width(self, hidden_size: int, model_name: str = "this model") -> None:

@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..generation import enable_recontrol
 from ..rewards import Rewards
@@ -27,11 +28,10 @@ class Demo:
     """Holds a folder for each of HEADS; `folder` where None."""
 
     @cached_property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> Any:
         """The language model, enabled, in float32: its arithmetic is fastest so on a CPU."""
         model = AutoModelForCausalLM.from_pretrained(self.folder / "language_model", dtype=torch.float32)
-        enabled: PreTrainedModel = enable_recontrol(model.eval())
-        return enabled
+        return enable_recontrol(model.eval())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..control import Controller
 from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, evaluate_answers, paired_bootstrap
@@ -31,7 +31,7 @@ class Result:
 
 
 def sample(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     head: ValueHead | None = None,
@@ -45,7 +45,6 @@ def sample(
         {"prompt", "completion", "token_ids"} for each prompt, in order.
     """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    inputs.pop("token_type_ids", None)
     with seeded(model.device.type, seed):
         sequences = model.generate(
             **inputs.to(model.device),

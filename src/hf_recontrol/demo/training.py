@@ -11,11 +11,12 @@ import torch
 from ..control import Controller
 from ..evaluation import distinct_n, evaluate_answers
 from ..fitting import fit_linear_head
+from ..head_config import ValueHeadConfig
 from ..rollout_store import RolloutDataset
 from ..rollouts import collect_rollouts
 from ..trainer import RecontrolTrainer
 from ..training_args import RecontrolTrainingArguments
-from ..value_head import ValueHead, ValueHeadConfig
+from ..value_head import ValueHead
 from .assets import MAX_NEW_TOKENS, Demo
 from .comparison import Row, sample_scored
 
@@ -60,8 +61,9 @@ def random_direction(hidden_size: int, seed: int = 0) -> ValueHead:
     head = ValueHead(ValueHeadConfig(hidden_size=hidden_size, num_hidden_layers=0))
     direction = torch.randn(hidden_size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        head.layers[0].weight.copy_(direction / direction.norm())
-        head.layers[0].bias.zero_()
+        weight, bias = head.layers[0].parameters()
+        weight.copy_(direction / direction.norm())
+        bias.zero_()
     head.config.info["training"] = {"recipe": "none: a random direction, for comparison", "seed": seed}
     return head.eval()
 
@@ -124,7 +126,7 @@ def choose_step_size(
     head.config.control.num_steps = 1 if head.config.num_hidden_layers == 0 else NUM_STEPS
     base = _figures(demo, sample_scored(demo, prompts, answers, scorers=demo.reward)[0], None)
     states = _typical_states(demo, prompts)
-    start = 0.02 * float(states.norm(dim=-1).mean() / head.gradient(states).norm(dim=-1).mean())
+    start = 0.1 * float(states.norm(dim=-1).mean() / head.gradient(states).norm(dim=-1).mean())
     step_size, tried, chosen = start / head.config.control.num_steps, [], 0.0
     for _ in range(30):
         head.config.control.step_size = step_size
