@@ -1,6 +1,7 @@
 """hf-recontrol: the demo, steered text from any model, and what a head's folder or repository holds."""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,9 +30,12 @@ def demo(
     prompts: Annotated[int, typer.Option(min=10, max=400, help="Prompts of the table; fewer is faster.")] = 400,
 ) -> None:
     """A tiny language model of film reviews with and without control: a few texts, and a table. No network."""
+    import torch
+
     from .demo.assets import Demo
     from .demo.report import show
 
+    torch.set_num_threads(os.cpu_count() or 1)  # the default leaves out hyper-threads, which help a model this small
     if not train:
         show(Demo(), prompts, typer.echo)
         return

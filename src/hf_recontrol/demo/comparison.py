@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..control import Controller
-from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, evaluate_answers, paired_bootstrap
+from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
 from ..rewards import Rewards
 from ..rollout_blocks import end_of_answer, seeded
 from ..value_head import ValueHead
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]
-STEERED_ANSWERS, BASE_ANSWERS = 4, 16
+ANSWERS = {"base": 4, "steered": 2}  # to each prompt
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,18 @@ def sample(
 
 
 def sample_scored(
-    demo: Demo, prompts: Sequence[str], answers: int, head: ValueHead | None = None, *, scorers: Rewards | None = None
+    demo: Demo,
+    prompts: Sequence[str],
+    answers: int,
+    head: ValueHead | None = None,
+    *,
+    scorers: Rewards | None = None,
+    first_seed: int = 0,
 ) -> tuple[list[list[Row]], float]:
     """`answers` rows for each prompt, with the scorers' numbers in them, and the seconds that generating took."""
-    seconds, rows_of = 0.0, [[] for _ in prompts]  # type: tuple[float, list[list[Row]]]
-    for seed in range(answers):
+    seconds = 0.0
+    rows_of: list[list[Row]] = [[] for _ in prompts]
+    for seed in range(first_seed, first_seed + answers):
         start = time.perf_counter()
         rows = sample(demo.model, demo.tokenizer, prompts, head, seed=seed)
         seconds += time.perf_counter() - start
@@ -80,17 +87,24 @@ def sample_scored(
 
 
 def compare(demo: Demo, prompts: Sequence[str], heads: Sequence[str] = tuple(HEADS)) -> Iterator[Result]:
-    """The table's rows, one after the other: base, each head at its own setting, best-of-4 and best-of-16."""
-    base, base_seconds = sample_scored(demo, prompts, BASE_ANSWERS)
-    yield measure(demo, "base", base[:], base, base_seconds / BASE_ANSWERS, 1.0)
+    """The table's rows, one after the other: base, each head at its own setting, best-of-4 and best-of-16.
+
+    Best-of-16 is made on the first quarter of the prompts, for time: it costs as much as all else together.
+    """
+    quarter = max(2, len(prompts) // 4)
+    base, seconds = sample_scored(demo, prompts, ANSWERS["base"])
+    seconds /= ANSWERS["base"]
+    yield measure(demo, "base", base, base, seconds, 1, shared=quarter)
     for name in heads:
         head = demo.head(name)
-        steered, seconds = sample_scored(demo, prompts, STEERED_ANSWERS, head)
-        yield measure(demo, HEADS[name], steered, base, seconds / STEERED_ANSWERS, 1.0, Controller(head))
-    for n in (4, 16):
-        best = best_of_n([[row["reward"] for row in rows] for rows in base], n)
-        chosen = [[rows[i]] for rows, i in zip(base, best, strict=True)]
-        result = measure(demo, f"best-of-{n}", chosen, base, base_seconds / BASE_ANSWERS * n, float(n))
+        steered, steered_seconds = sample_scored(demo, prompts, ANSWERS["steered"], head)
+        steered_seconds /= ANSWERS["steered"]
+        yield measure(demo, HEADS[name], steered, base, steered_seconds, 1, Controller(head), shared=quarter)
+    more, _ = sample_scored(demo, prompts[:quarter], 16 - ANSWERS["base"], first_seed=ANSWERS["base"])
+    for n, candidates in ((4, base), (16, [a + b for a, b in zip(base[:quarter], more, strict=True)])):
+        best = best_of_n([[row["reward"] for row in rows] for rows in candidates], n)
+        chosen = [[rows[i]] for rows, i in zip(candidates, best, strict=True)]
+        result = measure(demo, f"best-of-{n}", chosen, base[: len(chosen)], seconds * n, n, shared=quarter)
         result.figures["kl_per_answer"] = best_of_n_kl_bound(n)
         yield result
 
@@ -101,24 +115,25 @@ def measure(
     answers: list[list[Row]],
     base: list[list[Row]],
     seconds: float,
-    forwards_per_token: float,
+    forwards_per_token: int,
     controller: Controller | None = None,
+    *,
+    shared: int,
 ) -> Result:
     """One row of the table. The gains pair the answers to each prompt with the base model's answers to it.
 
-    Distinct-3 falls with the amount of text, so texts of all rows are compared at one answer to each prompt.
+    Distinct-3 falls with the amount of text, so every row's is of the first `shared` prompts, one answer to each.
     """
-    first = [rows[0] for rows in answers]
     wanted = ("prompt", "completion", "token_ids")
     figures = evaluate_answers(
-        [{key: row[key] for key in wanted} for rows in answers[:] for row in rows[:STEERED_ANSWERS]],
+        [{key: row[key] for key in wanted} for rows in answers for row in rows[: ANSWERS["steered"]]],
         model=demo.model,
         tokenizer=demo.tokenizer,
         controller=controller,
         seconds=seconds,
         forwards_per_token=forwards_per_token,
     )
-    figures["distinct_3"] = evaluate_answers(first)["distinct_3"]
+    figures["distinct_3"] = distinct_n([rows[0]["completion"] for rows in answers[:shared]])
     gains = {}
     for scorer in ("judge", "reward"):
         before, after = (torch.tensor([[row[scorer] for row in rows] for rows in part]) for part in (base, answers))

@@ -37,7 +37,7 @@ def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
         results.append(result)
         echo(line(cells(result, results[0])))
     echo("")
-    for paragraph in footnotes(demo):
+    for paragraph in footnotes(demo, results):
         echo(textwrap.fill(paragraph, WIDTH))
     echo("")
     echo(CAUTION)
@@ -86,15 +86,20 @@ def interval(gain: Gain) -> str:
     return f"{gain.mean:+.2f} ± {(gain.high - gain.low) / 2:.2f}"
 
 
-def footnotes(demo: Demo) -> list[str]:
-    """What the columns mean, and what V explains."""
+def footnotes(demo: Demo, results: list[Result]) -> list[str]:
+    """What a plain baseline does, what the columns mean, and what V explains."""
+    linear, mlp = (next(result for result in results if result.name == name) for name in ("linear head", "MLP head"))
     head = demo.head("value_head").config
     evaluation = head.info["evaluation"]
     return [
+        f"The plain baseline first: the linear head, one constant vector that is free at decoding, gains "
+        f"{linear.gains['judge'].mean:+.2f} by the judge at {linear.figures['kl_per_answer']:.1f} nats an answer, the MLP "
+        f"head {mlp.gains['judge'].mean:+.2f} at {mlp.figures['kl_per_answer']:.1f}.",
         "judge: a classifier trained on other texts than the reward, which no head has seen. reward: what the heads "
         "were trained on. perplexity: of the texts under the base model. nats/answer: KL of the steered model from the "
         "base model; for best-of-n an upper bound, log n − (n−1)/n. diversity: of the first 20 words. distinct-3: "
-        "across answers. length: tokens. forwards: of the language model, for each token of the answer.",
+        "across answers, of a quarter of the prompts. length: tokens. forwards: of the language model for each token "
+        "of the answer. Best-of-16 is of a quarter of the prompts, for time.",
         f"The MLP head takes {head.control.num_steps} steps of {head.control.step_size:.3g} at each token. Each head's "
         "strength was chosen by the reward on 200 other prompts; the random direction was given the MLP head's KL.",
         f"A step of this tiny model takes {milliseconds_per_step(demo):.0f} ms, so any ascent is visible beside it.",
