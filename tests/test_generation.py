@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from tiny import prompts, tiny_head, tiny_model, tiny_tokenizer
-from transformers import GenerationMixin, LlamaForCausalLM, TextIteratorStreamer
+from transformers import GenerationMixin, LlamaForCausalLM, TextIteratorStreamer, pipeline
 from transformers.utils import logging
 
 from hf_recontrol import (
@@ -134,6 +134,16 @@ def test_a_streamer_sees_the_steered_tokens(model, head):
     assert text == tokenizer.decode(expected[0])
 
 
+def test_a_pipeline_passes_the_keywords_on(model, head):
+    tokenizer = tiny_tokenizer()
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    inputs = tokenizer("w5 w6 w7", return_tensors="pt")
+    for steer in ({}, {"recontrol_value_head": head, **STEER}):
+        expected = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **GREEDY, **steer)
+        (answer,) = text("w5 w6 w7", **GREEDY, **steer)
+        assert answer["generated_text"] == "w5 w6 w7" + tokenizer.decode(expected[0, inputs["input_ids"].shape[1] :])
+
+
 @pytest.mark.parametrize("off", ["no keyword", "None", "False", "zero steps", "zero step size"])
 @pytest.mark.parametrize(
     "mode", [GREEDY, {**GREEDY, "do_sample": True}, {**GREEDY, "num_beams": 2}], ids=["greedy", "sample", "beam"]
@@ -226,7 +236,7 @@ def test_recording_leaves_a_stock_model_stock():
     assert not model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize("mode", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 2}])
 def test_hidden_states_of_a_mode_with_other_forwards_are_refused(model, mode):
     with pytest.raises(ValueError, match="recorded in greedy decoding and sampling"):
         generate_with_hidden_states(model, **prompts(rows=1), **GREEDY, **mode)

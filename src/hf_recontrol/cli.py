@@ -61,8 +61,11 @@ def generate(
 ) -> None:
     """Go on from PROMPT with MODEL, steered by a value head. Without one, the plain text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
 
     from .generation import enable_recontrol
+
+    logging.disable_progress_bar()
 
     keywords = {"value_head": value_head, "step_size": step_size, "num_steps": num_steps, "revision": revision}
     given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}

@@ -220,7 +220,13 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
         ValueError: a decoding mode in which a forward is not one token.
         SteeringNotApplied: the model passed the hooks by.
     """
-    for name, plain in {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}.items():
+    plain_modes = {
+        "num_beams": 1,
+        "assistant_model": None,
+        "prompt_lookup_num_tokens": None,
+        "prefill_chunk_size": None,
+    }
+    for name, plain in plain_modes.items():
         if kwargs.setdefault(name, plain) != plain:
             raise ValueError(
                 f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."

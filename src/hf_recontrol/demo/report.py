@@ -93,8 +93,8 @@ def footnotes(demo: Demo, results: list[Result]) -> list[str]:
     evaluation = head.info["evaluation"]
     return [
         f"The plain baseline first: the linear head, one constant vector that is free at decoding, gains "
-        f"{linear.gains['judge'].mean:+.2f} by the judge at {linear.figures['kl_per_answer']:.1f} nats an answer, the MLP "
-        f"head {mlp.gains['judge'].mean:+.2f} at {mlp.figures['kl_per_answer']:.1f}.",
+        f"{linear.gains['judge'].mean:+.2f} by the judge at {linear.figures['kl_per_answer']:.1f} nats an answer, the "
+        f"MLP head {mlp.gains['judge'].mean:+.2f} at {mlp.figures['kl_per_answer']:.1f}.",
         "judge: a classifier trained on other texts than the reward, which no head has seen. reward: what the heads "
         "were trained on. perplexity: of the texts under the base model. nats/answer: KL of the steered model from the "
         "base model; for best-of-n an upper bound, log n − (n−1)/n. diversity: of the first 20 words. distinct-3: "
