@@ -1,5 +1,6 @@
 """V, its gradient by hand, and the ascent, against autograd and the laws they must obey."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_head
@@ -119,6 +120,18 @@ def test_a_wrong_step_size_is_refused(value):
 def test_a_wrong_number_of_steps_is_refused(value):
     with pytest.raises(ValueError, match=r"num_steps is .* from 0 to 1024"):
         ControlConfig(num_steps=value)
+
+
+@pytest.mark.parametrize(("step_size", "num_steps"), [(float("nan"), 3), (-3.0, 3), (1.0, "3")])
+def test_a_heads_own_control_is_checked_too(step_size, num_steps):
+    head = tiny_head()
+    head.config.control.step_size, head.config.control.num_steps = step_size, num_steps
+    with pytest.raises(ValueError, match="must be"):
+        Controller(head)
+
+
+def test_numpys_numbers_are_numbers():
+    assert Controller(tiny_head(), ControlConfig(np.float64(0.5), np.int64(3))).num_steps == 3
 
 
 def test_none_means_the_heads_own_control():

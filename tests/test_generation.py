@@ -362,16 +362,39 @@ def test_a_head_of_another_model_warns_once_and_is_an_error_when_strict(model):
     model.generate(**prompts(), **GREEDY, recontrol_value_head=head, recontrol_strict=True)
 
 
-@pytest.mark.parametrize("where", ["call", "model"])
+def test_strict_does_not_take_a_folders_name_for_the_model(model, tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    model.config._name_or_path = str(tmp_path / "checkpoint-500")
+    head = tiny_head(base_model_name_or_path="./checkpoint-500", base_model_type="llama")
+    model.generate(**prompts(), **GREEDY, recontrol_value_head=head)
+    with pytest.raises(HeadMismatch, match="a folder's name says little"):
+        model.generate(**prompts(), streamer=NoToken(), recontrol_value_head=head, recontrol_strict=True)
+
+
+@pytest.mark.parametrize("where", ["call", "positional", "model"])
 def test_a_config_cannot_choose_a_head(model, where):
     config = copy.deepcopy(model.generation_config)
     config.recontrol_value_head = "stranger/head"
     if where == "model":
         model.generation_config = config
     keywords = {"generation_config": config} if where == "call" else {}
+    arguments = [None, config] if where == "positional" else []
     with pytest.raises(ValueError, match="A config cannot choose what is loaded"):
-        model.generate(**prompts(), streamer=NoToken(), **keywords)
-    model.generate(**prompts(), **GREEDY, **keywords, recontrol_value_head=False)
+        model.generate(*arguments, **prompts(), streamer=NoToken(), **keywords)
+    model.generate(*arguments, **prompts(), **GREEDY, **keywords, recontrol_value_head=False)
+
+
+def test_a_config_of_an_assistant_does_not_turn_a_head_off(model, head):
+    config = copy.deepcopy(model.generation_config)
+    config.is_assistant, config.num_assistant_tokens_schedule, config.assistant_confidence_threshold = (
+        True,
+        "constant",
+        0,
+    )
+    plain = model.generate(**prompts(), **GREEDY, generation_config=config)
+    steered = model.generate(**prompts(), **GREEDY, generation_config=config, recontrol_value_head=head, **STEER)
+    assert steered.tolist() == model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist()
+    assert steered.tolist() != plain.tolist()
 
 
 def test_rows_left_unedited_are_told(model, head):

@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import CompileConfig, LlamaForCausalLM, LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_recontrol import SteeringNotApplied, enable_recontrol, hooks
+from hf_recontrol import Controller, SteeringNotApplied, enable_recontrol, hooks
+from hf_recontrol.generation import forward_steered
 from hf_recontrol.hooks import Call, live_call, run_live
 
 pytestmark = pytest.mark.versions
@@ -69,6 +70,32 @@ def wrong_generations(model, repeats):
     finally:
         sys.setswitchinterval(interval)
     return len(wrong)
+
+
+def test_evaluating_and_enabling_in_one_thread_leave_the_generations_of_another_alone():
+    model, head = enable_recontrol(tiny_model()), tiny_head()
+    expected = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist()
+    outputs, done = [], threading.Event()
+
+    def work():
+        for _ in range(100):
+            outputs.append(model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist())
+        done.set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not done.is_set() and thread.is_alive():
+            forward_steered(model, Controller(tiny_head(1)), **prompts())
+            enable_recontrol(model)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(outputs) == 100
+    assert all(output == expected for output in outputs)
+    assert len(model.lm_head._forward_pre_hooks) == 1
 
 
 def test_an_interrupt_at_any_opcode_leaves_no_control_live():
@@ -181,6 +208,20 @@ def test_a_generate_inside_a_generate_is_its_own():
     actual = model.generate(**prompts(), **GREEDY, logits_processor=[Nested()], recontrol_value_head=head, **STEER)
     assert actual.tolist() == expected.tolist()
     assert inner == [plain.tolist()] * 4
+
+
+def test_another_models_forward_inside_a_generate_is_plain():
+    model, other, head = enable_recontrol(tiny_model()), enable_recontrol(tiny_model(1, hidden_size=32)), tiny_head()
+    expected = other(**prompts()).logits
+
+    class Other(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            torch.testing.assert_close(other(**prompts()).logits, expected, rtol=0, atol=0)
+            return scores
+
+    steered = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER)
+    actual = model.generate(**prompts(), **GREEDY, logits_processor=[Other()], recontrol_value_head=head, **STEER)
+    assert actual.tolist() == steered.tolist()
 
 
 def no_head_call(self, *args, **kwargs):

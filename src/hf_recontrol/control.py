@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,9 +23,9 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         alpha, n = self.step_size, self.num_steps
-        if alpha is not None and (type(alpha) not in (int, float) or not 0 <= alpha < float("inf")):
+        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 <= alpha < inf):
             raise ValueError(f"step_size is {alpha!r}; it must be a finite number ≥ 0 (0 is no control).")
-        if n is not None and (type(n) is not int or not 0 <= n <= MAX_STEPS):
+        if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or not 0 <= n <= MAX_STEPS):
             raise ValueError(f"num_steps is {n!r}; it must be an integer from 0 to {MAX_STEPS} (0 is no control).")
 
 
@@ -34,7 +36,8 @@ class Controller:
     only regularisation. Each row is moved on its own: its neighbours in the batch do not matter.
 
     Args:
-        head: V. Its weights are read at each call, and never written.
+        head: V, never written. On the head's own device its weights are read at each call; for another device they
+            are copied once.
         config: α and n; the head's own where None.
 
     Example:
@@ -48,14 +51,19 @@ class Controller:
 
     def __init__(self, head: ValueHead, config: ControlConfig | None = None):
         config = config or ControlConfig()
+        own = head.config.control
+        config = ControlConfig(  # checks the head's own numbers too: they may have been set in this process
+            step_size=own.step_size if config.step_size is None else config.step_size,
+            num_steps=own.num_steps if config.num_steps is None else config.num_steps,
+        )
         if head.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"The value head is {head.dtype}, too coarse for an ascent in small steps; call head.float() first. "
                 "The language model may be of any dtype."
             )
         self.head = head
-        self.step_size = float(head.config.control.step_size if config.step_size is None else config.step_size)
-        self.num_steps = head.config.control.num_steps if config.num_steps is None else config.num_steps
+        self.step_size = float(config.step_size)  # type: ignore[arg-type]  # set above
+        self.num_steps = int(config.num_steps)  # type: ignore[arg-type]
         self._heads = {head.input_mean.device: head}
 
     @property

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from .control import Controller
-from .hooks import Call, Recorder, install, is_installed, live_call, lm_head, run_live, uninstall
+from .errors import SteeringNotApplied
+from .hooks import Call, Recorder, install, live_call, lm_head, lm_head_owner, run_live, uninstall
 from .keywords import RecontrolKeywords, refuse_unread_config
 
 
@@ -50,17 +51,17 @@ def _generate(
     recorder: Recorder | None = None,
 ) -> Any:
     keywords = RecontrolKeywords.pop(kwargs)
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     call = None
     # assisted decoding drafts with a copy of the target's config: drafts are plain, the target's forward decides
-    if not getattr(kwargs.get("generation_config"), "is_assistant", False):
-        refuse_unread_config(kwargs, model, keywords)
+    if keywords != RecontrolKeywords() or recorder is not None or not getattr(config, "is_assistant", False):
+        refuse_unread_config(config, model, keywords)
         controller = keywords.controller(model)
         if controller is not None or recorder is not None:
             if kwargs.get("cache_implementation") == "paged":
                 raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
-            call = Call(None if controller is None else controller.edit, recorder)
-            if not is_installed(model):
-                install(model)
+            install(model)
+            call = Call(None if controller is None else controller.edit, recorder, lm_head_owner(model))
     result = run_live(call, stock, *args, **kwargs)
     if call is not None and call.unsound is not None and int(call.unsound):
         warnings.warn(
@@ -220,12 +221,8 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
         ValueError: a decoding mode in which a forward is not one token.
         SteeringNotApplied: the model passed the hooks by.
     """
-    plain_modes = {
-        "num_beams": 1,
-        "assistant_model": None,
-        "prompt_lookup_num_tokens": None,
-        "prefill_chunk_size": None,
-    }
+    plain_modes: dict[str, Any] = {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
+    plain_modes |= {"prefill_chunk_size": None, "guidance_scale": None}
     for name, plain in plain_modes.items():
         if kwargs.setdefault(name, plain) != plain:
             raise ValueError(
@@ -235,7 +232,15 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
     with _enabled(model):
         stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
         sequences = _generate(stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder)
-    return sequences, recorder.hidden_states()
+    hidden_states = recorder.hidden_states()
+    if kwargs.get("input_ids") is not None and not model.config.is_encoder_decoder:
+        new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
+        if hidden_states.shape[:2] != (sequences.shape[0], new_tokens):
+            raise SteeringNotApplied(
+                f"{tuple(hidden_states.shape[:2])} hidden states were recorded for {tuple(sequences.shape[:1])} rows "
+                f"of {new_tokens} new tokens: this decoding mode does not make one token of each forward. Leave it out."
+            )
+    return sequences, hidden_states
 
 
 def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwargs: Any) -> Any:
@@ -252,4 +257,4 @@ def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwa
     if controller is None:
         return run_live(None, model, **kwargs)
     with _enabled(model):
-        return run_live(Call(controller.edit), model, **kwargs)
+        return run_live(Call(controller.edit, owner=lm_head_owner(model)), model, **kwargs)

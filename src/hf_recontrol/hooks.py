@@ -70,11 +70,17 @@ class Call:
         edit: from the LM head's input, float (..., hidden_size), to (edited, sound): the same shape, and bool (..., 1),
             False where a row was left as it came because it was not finite. None edits nothing.
         recorder: is given the LM head's input before the edit, at each forward.
+        owner: the module whose forwards are meant, see `lm_head_owner`. Another model's, run in between by a logits
+            processor, say, stay plain.
     """
 
     def __init__(
-        self, edit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None, recorder: "Recorder | None" = None
+        self,
+        edit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        recorder: "Recorder | None" = None,
+        owner: nn.Module | None = None,
     ):
+        self.owner = owner
         self.edit = edit
         self.recorder = recorder
         self.unsound: Tensor | None = None  # rows left unedited because they were not finite; int64 ()
@@ -156,7 +162,7 @@ class Recorder:
 
 def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
     call = live_call()
-    if call is not None:
+    if call is not None and call.owner is module:
         call.inside, call.fired = True, False
 
 
@@ -172,7 +178,7 @@ def _before_head(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _after_forward(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
     call = live_call()
-    if call is None or not call.inside:
+    if call is None or call.owner is not module:
         return
     call.inside = False
     if call.fired:
@@ -182,6 +188,7 @@ def _after_forward(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> N
 
 
 _HOOKS = (_before_forward, _before_head, _after_forward)
+_INSTALLING = threading.Lock()
 
 
 def lm_head(model: PreTrainedModel) -> nn.Module:
@@ -200,23 +207,34 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+def lm_head_owner(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model that owns the LM head: Blip2, for one, generates through its language_model."""
+    return _owners(model)[-1]
+
+
+def _owners(model: PreTrainedModel) -> list[PreTrainedModel]:
+    head = lm_head(model)
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is head]
+
+
 def is_installed(model: PreTrainedModel) -> bool:
     """Whether the present LM head carries our hook. resize_token_embeddings and PEFT replace the head."""
     return _before_head in lm_head(model)._forward_pre_hooks.values()
 
 
 def install(model: PreTrainedModel) -> None:
-    """Put the inert hooks on the model. May be called again: hooks on a replaced LM head are removed first."""
-    head = lm_head(model)
-    uninstall(model)
-    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is head]
-    # prepend: under tensor parallelism the later hooks see sharded tensors
-    head.register_forward_pre_hook(_before_head, with_kwargs=True, prepend=True)
-    innermost = owners[-1]  # Blip2, for one, generates through its language_model
-    innermost.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
-    innermost.register_forward_hook(_after_forward, with_kwargs=True)
-    for owner in owners:
-        owner.__dict__.pop("_compiled_call", None)  # a graph compiled before does not know the hooks
+    """Put the inert hooks on the model, where they are not yet. Hooks on a replaced LM head are removed first."""
+    with _INSTALLING:  # two threads may meet a new model at once, and two hooks would edit twice
+        if is_installed(model):
+            return
+        uninstall(model)
+        owner = lm_head_owner(model)
+        owner.register_forward_pre_hook(_before_forward, with_kwargs=True, prepend=True)
+        owner.register_forward_hook(_after_forward, with_kwargs=True)
+        # prepend: under tensor parallelism the later hooks see sharded tensors. Last, for it stands for all three.
+        lm_head(model).register_forward_pre_hook(_before_head, with_kwargs=True, prepend=True)
+        for module in _owners(model):
+            module.__dict__.pop("_compiled_call", None)  # a graph compiled before does not know the hooks
 
 
 def uninstall(model: PreTrainedModel) -> None:
@@ -233,6 +251,6 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 def model_name(model: PreTrainedModel) -> str | None:
-    """The model's Hub id, the last part of its path where it was read from a folder, None where it has no name."""
+    """The model's Hub id; "./" and the last part of its path where it was read from a folder; None without a name."""
     name = model.config._name_or_path or None
-    return os.path.basename(os.path.normpath(name)) if name and os.path.isdir(name) else name
+    return f"./{os.path.basename(os.path.abspath(name))}" if name and os.path.isdir(name) else name

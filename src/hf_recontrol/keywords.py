@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .control import ControlConfig, Controller
 from .errors import HeadMismatch
+from .head_format import CONFIG_NAME, WEIGHTS_NAME
 from .hooks import lm_head, model_name
 from .value_head import ValueHead
 
@@ -114,12 +115,10 @@ _HEADS = _HeadCache()
 def load_value_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> ValueHead:
     """The head of that folder or Hub id, read once per process."""
     files: tuple[object, ...] = ()
-    if os.path.isdir(name_or_path):
-        folder = Path(name_or_path).resolve()
-        files = tuple(
-            (f.name, f.stat().st_mtime_ns, f.stat().st_size, f.stat().st_ino) for f in sorted(folder.iterdir())
-        )
-        name_or_path = str(folder)
+    if (folder := Path(name_or_path).expanduser()).is_dir():
+        parts = [part for name in (CONFIG_NAME, WEIGHTS_NAME) if (part := folder / name).exists()]
+        files = tuple((part.stat().st_mtime_ns, part.stat().st_size, part.stat().st_ino) for part in parts)
+        name_or_path = str(folder.resolve())
     load = functools.partial(ValueHead.from_pretrained, name_or_path, revision=revision, token=token)
     return _HEADS.get((name_or_path, revision, token, files), load)
 
@@ -130,18 +129,16 @@ def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = 
     Raises:
         HeadMismatch: names both sides.
     """
-    name = model_name(model)
+    name, trained_on = model_name(model), head.config.base_model_name_or_path
     width = getattr(lm_head(model), "in_features", None) or model.config.get_text_config().hidden_size
     head.check_width(width, repr(name or type(model).__name__))
-    trained_on = (head.config.base_model_name_or_path, head.config.base_model_type)
-    used_on = (name, model.config.model_type)
-    same = all(a == b for a, b in zip(trained_on, used_on, strict=True) if a and b)
-    ours, theirs = ("{!r} ({})".format(*side) for side in (trained_on, used_on))
-    pair = f"The value head was trained on {ours}, this model is {theirs}"
-    if strict and (None in (trained_on[0], name) or not same):
+    kinds = head.config.base_model_type, model.config.model_type
+    same = _may_be_same(trained_on, name) and (kinds[0] is None or kinds[0] == kinds[1])
+    pair = f"The value head was trained on {trained_on!r} ({kinds[0]}), this model is {name!r} ({kinds[1]})"
+    if strict and (not same or trained_on is None or trained_on != name or name.startswith("./")):
         raise HeadMismatch(
-            f"{pair}, and recontrol_strict asks for the same. Use the head's own base model, or leave "
-            "recontrol_strict out."
+            f"{pair}, and recontrol_strict asks for the same Hub id, since a folder's name says little. Use the head's "
+            "own base model, or leave recontrol_strict out."
         )
     if not same:
         warnings.warn(
@@ -152,12 +149,21 @@ def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = 
         )
 
 
-def refuse_unread_config(kwargs: dict[str, Any], model: PreTrainedModel, keywords: RecontrolKeywords) -> None:
+def _may_be_same(trained_on: str | None, name: str | None) -> bool:
+    """Whether two names may be of one model: a folder's last part is compared with a Hub id's."""
+    if trained_on is None or name is None:
+        return True
+    if trained_on.startswith("./") or name.startswith("./"):
+        return trained_on.rpartition("/")[2] == name.rpartition("/")[2]
+    return trained_on == name
+
+
+def refuse_unread_config(config: Any, model: PreTrainedModel, keywords: RecontrolKeywords) -> None:
     """A generation config that names a head or a strength is data, maybe a stranger's: never obeyed, never ignored."""
     if keywords.value_head is False:
         return
-    for where, config in (("generation_config", kwargs.get("generation_config")), ("model's", model.generation_config)):
-        found = [name for name in vars(config or GenerationConfig()) if name.startswith("recontrol_")]
+    for where, part in (("given", config), ("model's", model.generation_config)):
+        found = [name for name in getattr(part, "__dict__", {}) if name.startswith("recontrol_")]
         if found:
             raise ValueError(
                 f"The {where} generation config has {found[0]!r}. A config cannot choose what is loaded: pass it to "
