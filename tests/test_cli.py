@@ -29,7 +29,7 @@ def test_info_is_the_heads_config():
     assert process.returncode == 0, process.stderr
     config = json.loads(process.stdout)
     assert config["kind"] == "value"
-    assert config["base_model_name_or_path"] == "language_model"
+    assert config["base_model_name_or_path"] == "./language_model"
     assert (
         config["parameters"]
         == config["hidden_size"] * config["intermediate_size"] + 2 * config["intermediate_size"] + 1

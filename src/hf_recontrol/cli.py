@@ -11,7 +11,16 @@ import typer
 
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 
-USER_ERRORS = (CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied, ValueError, OSError)
+USER_ERRORS = (
+    CollectError,
+    HeadError,
+    HeadMismatch,
+    HeadUnavailable,
+    SteeringNotApplied,
+    ValueError,
+    OSError,
+    ImportError,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
@@ -27,6 +36,7 @@ def demo(
     train: Annotated[
         bool, typer.Option("--train", help="First collect rollouts and train the heads anew (extra: train; minutes).")
     ] = False,
+    output: Annotated[Path | None, typer.Option(help="With --train: a folder where the heads are kept.")] = None,
     prompts: Annotated[int, typer.Option(min=10, max=400, help="Prompts of the table; fewer is faster.")] = 400,
 ) -> None:
     """A tiny language model of film reviews with and without control: a few texts, and a table. No network."""
@@ -35,14 +45,15 @@ def demo(
     from .demo.assets import Demo
     from .demo.report import show
 
-    torch.set_num_threads(os.cpu_count() or 1)  # the default leaves out hyper-threads, which help a model this small
+    if "OMP_NUM_THREADS" not in os.environ:  # torch's default leaves out hyper-threads, which help a model this small
+        torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
     if not train:
         show(Demo(), prompts, typer.echo)
         return
     from .demo.training import make_heads
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = output or Path(scratch)
         make_heads(Demo(), folder, prompts=3000, answers=4, validation_answers=2, echo=typer.echo)
         show(Demo(heads_folder=folder), prompts, typer.echo)
 
@@ -96,8 +107,5 @@ def main() -> None:
     try:
         app()
     except USER_ERRORS as error:
-        typer.echo(f"hf-recontrol: {error}", err=True)
+        typer.echo(f"hf-recontrol: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("hf-recontrol: interrupted", err=True)
-        sys.exit(130)

@@ -184,7 +184,8 @@ class HeadFiles(nn.Module):
         config = self.config
         base_model = config.base_model_name_or_path
         on_hub = is_hub_id(base_model)
-        layers = f"{config.num_hidden_layers} hidden layers of {config.width}, {config.hidden_act}"
+        plural = "s" if config.num_hidden_layers > 1 else ""
+        layers = f"{config.num_hidden_layers} hidden layer{plural} of {config.width}, {config.hidden_act}"
         return card(
             CardFacts(
                 repo_id=repo_id,

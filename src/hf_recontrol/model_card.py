@@ -17,12 +17,20 @@ METRIC_NAMES = {
     "explained_variance": "Explained variance of the reward",
     "explained_variance_linear": "Explained variance of the reward, by a linear head",
     "rank_correlation": "Rank correlation with the reward",
+    "calibration_slope": "Slope of the reward on the prediction (1: calibrated, below 1: exaggerated)",
+    "loss": "Mean squared error to the λ-return",
 }
 TRAINING_NAMES = {
     "answers": "Answers",
     "tokens": "Tokens",
     "td_lambda": "λ of the returns (0: Bellman, 1: Monte Carlo)",
     "recipe": "Recipe",
+    "steps": "Steps",
+    "epochs": "Epochs",
+    "batch_size": "Answers in a batch",
+    "learning_rate": "Learning rate",
+    "ridge": "Ridge",
+    "seed": "Seed",
 }
 
 
@@ -134,7 +142,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
         scale += "" if facts.reward_std is None else f", standard deviation {facts.reward_std:.4g}"
         yield f"Reward: {code(facts.reward)}{scale}"
     if _mapping(facts.info, "training"):
-        yield "Objective: squared error to the λ-return of the reward, at every token of the base model's own answers"
+        yield "Objective: squared error to the λ-return of the reward, over the tokens of the base model's own answers"
     if facts.info.get("data") is not None:
         yield f"Data: {code(facts.info['data'])}"
     for name, value in _mapping(facts.info, "training").items():

@@ -1,12 +1,13 @@
 """The demo's table: the same prompts answered with and without control, beside a placebo and best-of-n."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..control import Controller
 from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
@@ -16,7 +17,7 @@ from ..value_head import ValueHead
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]
-ANSWERS = {"base": 4, "steered": 2}  # to each prompt
+ROUNDS = 2  # answers to each prompt by each method
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,18 @@ def sample(
 def sample_scored(
     demo: Demo,
     prompts: Sequence[str],
-    answers: int,
+    seeds: Sequence[int],
     head: ValueHead | None = None,
     *,
     scorers: Rewards | None = None,
-    first_seed: int = 0,
-) -> tuple[list[list[Row]], float]:
-    """`answers` rows for each prompt, with the scorers' numbers in them, and the seconds that generating took."""
-    seconds = 0.0
+) -> tuple[list[list[Row]], list[float]]:
+    """A row of each prompt for each seed, with the scorers' numbers in it, and the seconds that each seed took."""
+    seconds: list[float] = []
     rows_of: list[list[Row]] = [[] for _ in prompts]
-    for seed in range(first_seed, first_seed + answers):
+    for seed in seeds:
         start = time.perf_counter()
         rows = sample(demo.model, demo.tokenizer, prompts, head, seed=seed)
-        seconds += time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
         texts = [row["completion"] for row in rows]
         scores = (scorers or demo.scorers)(prompts, texts, [row["token_ids"] for row in rows])
         for i, row in enumerate(rows):
@@ -86,27 +86,40 @@ def sample_scored(
     return rows_of, seconds
 
 
-def compare(demo: Demo, prompts: Sequence[str], heads: Sequence[str] = tuple(HEADS)) -> Iterator[Result]:
-    """The table's rows, one after the other: base, each head at its own setting, best-of-4 and best-of-16.
+def compare(demo: Demo, prompts: Sequence[str]) -> list[Result]:
+    """The table's rows: base, each head at its own setting, best-of-4 and best-of-16.
 
-    Best-of-16 is made on the first quarter of the prompts, for time: it costs as much as all else together.
+    The methods take turns, so that a machine whose speed drifts does not favour one of them. Best-of-16 is made on the
+    first quarter of the prompts: it costs as much as all else together.
     """
+    methods: dict[str, ValueHead | None] = {"base": None} | {HEADS[name]: demo.head(name) for name in HEADS}
+    answers: dict[str, list[list[Row]]] = {name: [[] for _ in prompts] for name in methods}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     quarter = max(2, len(prompts) // 4)
-    base, seconds = sample_scored(demo, prompts, ANSWERS["base"])
-    seconds /= ANSWERS["base"]
-    yield measure(demo, "base", base, base, seconds, 1, shared=quarter)
-    for name in heads:
-        head = demo.head(name)
-        steered, steered_seconds = sample_scored(demo, prompts, ANSWERS["steered"], head)
-        steered_seconds /= ANSWERS["steered"]
-        yield measure(demo, HEADS[name], steered, base, steered_seconds, 1, Controller(head), shared=quarter)
-    more, _ = sample_scored(demo, prompts[:quarter], 16 - ANSWERS["base"], first_seed=ANSWERS["base"])
-    for n, candidates in ((4, base), (16, [a + b for a, b in zip(base[:quarter], more, strict=True)])):
-        best = best_of_n([[row["reward"] for row in rows] for rows in candidates], n)
-        chosen = [[rows[i]] for rows, i in zip(candidates, best, strict=True)]
-        result = measure(demo, f"best-of-{n}", chosen, base[: len(chosen)], seconds * n, n, shared=quarter)
-        result.figures["kl_per_answer"] = best_of_n_kl_bound(n)
-        yield result
+    with logging.tqdm(total=ROUNDS * len(methods) + 3, desc="sampling", leave=False) as bar:
+        for seed in range(ROUNDS):
+            for name, head in methods.items():
+                rows_of, took = sample_scored(demo, prompts, [seed], head)
+                seconds[name] += took
+                answers[name] = [a + b for a, b in zip(answers[name], rows_of, strict=True)]
+                bar.update()
+        more, _ = sample_scored(demo, prompts, range(ROUNDS, 4))
+        bar.update()
+        four = [a + b for a, b in zip(answers["base"], more, strict=True)]
+        more, _ = sample_scored(demo, prompts[:quarter], range(4, 16))
+        bar.update(2)
+        candidates = {4: four, 16: [a + b for a, b in zip(four, more, strict=False)]}
+
+    time_ratio = {name: sum(took) / sum(seconds["base"]) for name, took in seconds.items()}
+    results = [
+        measure(demo, name, answers[name], four, quarter, 1, time_ratio[name], head) for name, head in methods.items()
+    ]
+    for n, rows_of in candidates.items():
+        best = best_of_n([[row["reward"] for row in rows] for rows in rows_of], n)
+        chosen = [[rows[i]] for rows, i in zip(rows_of, best, strict=True)]
+        results.append(measure(demo, f"best-of-{n}", chosen, four, quarter, n, float(n)))
+        results[-1].figures["kl_per_answer"] = best_of_n_kl_bound(n)
+    return results
 
 
 def measure(
@@ -114,29 +127,28 @@ def measure(
     name: str,
     answers: list[list[Row]],
     base: list[list[Row]],
-    seconds: float,
-    forwards_per_token: int,
-    controller: Controller | None = None,
-    *,
     shared: int,
+    forwards: int,
+    time_ratio: float,
+    head: ValueHead | None = None,
 ) -> Result:
-    """One row of the table. The gains pair the answers to each prompt with the base model's answers to it.
+    """One row of the table.
 
-    Distinct-3 falls with the amount of text, so every row's is of the first `shared` prompts, one answer to each.
+    Gains pair the answers to each prompt with the base model's to it, in standard deviations of all base answers.
+    Perplexity and KL are of one answer to each prompt. Distinct-3 falls with the amount of text, so every row's is of
+    the first `shared` prompts, one answer to each.
     """
-    wanted = ("prompt", "completion", "token_ids")
-    figures = evaluate_answers(
-        [{key: row[key] for key in wanted} for rows in answers for row in rows[: ANSWERS["steered"]]],
-        model=demo.model,
-        tokenizer=demo.tokenizer,
-        controller=controller,
-        seconds=seconds,
-        forwards_per_token=forwards_per_token,
-    )
-    figures["distinct_3"] = distinct_n([rows[0]["completion"] for rows in answers[:shared]])
+    first = [rows[0] for rows in answers]
+    controller = None if head is None else Controller(head)
+    figures = evaluate_answers(first, model=demo.model, tokenizer=demo.tokenizer, controller=controller)
+    figures |= {"forwards_per_token": forwards, "time": time_ratio}
+    figures["distinct_3"] = distinct_n([row["completion"] for row in first[:shared]])
     gains = {}
     for scorer in ("judge", "reward"):
-        before, after = (torch.tensor([[row[scorer] for row in rows] for rows in part]) for part in (base, answers))
+        before, after = (
+            torch.tensor([[row[scorer] for row in rows] for rows in part], dtype=torch.float64)
+            for part in (base, answers)
+        )
         figures[scorer] = float(after.mean())
-        gains[scorer] = paired_bootstrap(before, after, in_baseline_sd=True)
+        gains[scorer] = paired_bootstrap(before[: len(after)] / before.std(), after / before.std())
     return Result(name, figures, gains)

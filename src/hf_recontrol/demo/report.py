@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers.utils import logging
 
 from ..evaluation import Gain
 from .assets import Demo
@@ -22,7 +21,6 @@ COLUMNS = ("", "judge", "reward", "perplexity", "nats/answer", "diversity", "dis
 
 def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
     """Print the demo: texts, table, and what the columns mean. Returns the table's rows."""
-    logging.disable_progress_bar()
     start = time.perf_counter()
     texts = demo.prompts["test"][:prompts]
     echo(f"A language model of {demo.model.num_parameters() / 1e6:.1f} million parameters goes on from the first six")
@@ -31,11 +29,10 @@ def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
     show_pairs(demo, texts, echo)
     echo(f"{len(texts)} held-out prompts, temperature 1. Gains over base in its standard deviations, ± 95 % interval.")
     echo("")
+    results = compare(demo, texts)
     echo(line(COLUMNS))
-    results: list[Result] = []
-    for result in compare(demo, texts):
-        results.append(result)
-        echo(line(cells(result, results[0])))
+    for result in results:
+        echo(line(cells(result)))
     echo("")
     for paragraph in footnotes(demo, results):
         echo(textwrap.fill(paragraph, WIDTH))
@@ -64,20 +61,20 @@ def line(entries: tuple[str, ...]) -> str:
     return f"{entries[0]:17}" + "".join(figures)
 
 
-def cells(result: Result, base: Result) -> tuple[str, ...]:
+def cells(result: Result) -> tuple[str, ...]:
     """A row's entries, in the order of COLUMNS."""
     figures = result.figures
     bound = "≤ " if result.name.startswith("best-of") else ""
     return (
         result.name,
-        *(("0" if result is base else interval(result.gains[name])) for name in ("judge", "reward")),
+        *(("0" if result.name == "base" else interval(result.gains[name])) for name in ("judge", "reward")),
         f"{figures['perplexity']:.1f}",
         f"{bound}{figures['kl_per_answer']:.2f}",
         f"{figures['diversity_20']:.3f}",
         f"{figures['distinct_3']:.3f}",
         f"{figures['length']:.1f}",
         f"{figures['forwards_per_token']:.0f}",
-        f"{figures['seconds'] / base.figures['seconds']:.2f}×",
+        f"{figures['time']:.2f}×",
     )
 
 
@@ -99,7 +96,8 @@ def footnotes(demo: Demo, results: list[Result]) -> list[str]:
         "were trained on. perplexity: of the texts under the base model. nats/answer: KL of the steered model from the "
         "base model; for best-of-n an upper bound, log n − (n−1)/n. diversity: of the first 20 words. distinct-3: "
         "across answers, of a quarter of the prompts. length: tokens. forwards: of the language model for each token "
-        "of the answer. Best-of-16 is of a quarter of the prompts, for time.",
+        "of the answer. time: against base, sampled in turns; of best-of-n, n × base. Best-of-16 is of a quarter of "
+        "the prompts, since it costs as much as all else together.",
         f"The MLP head takes {head.control.num_steps} steps of {head.control.step_size:.3g} at each token. Each head's "
         "strength was chosen by the reward on 200 other prompts; the random direction was given the MLP head's KL.",
         f"A step of this tiny model takes {milliseconds_per_step(demo):.0f} ms, so any ascent is visible beside it.",
