@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_recontrol import HeadError
 from hf_recontrol.demo.assets import FOLDER, HEADS, Demo
 from hf_recontrol.demo.comparison import compare, sample
 from hf_recontrol.demo.report import CAUTION, show
@@ -87,8 +86,3 @@ def test_the_heads_can_be_made_anew(demo, tmp_path):
         info = Demo(heads_folder=tmp_path).head(name).config.info
         assert json.loads(json.dumps(info)) == info
     assert any("value_head" in line for line in said)
-
-
-def test_a_head_that_is_not_there_is_named(tmp_path):
-    with pytest.raises((HeadError, OSError), match="value_head"):
-        Demo(heads_folder=tmp_path).head("value_head")

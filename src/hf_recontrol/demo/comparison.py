@@ -105,7 +105,7 @@ def compare(demo: Demo, prompts: Sequence[str]) -> list[Result]:
                 bar.update()
         more, _ = sample_scored(demo, prompts, range(ROUNDS, 4))
         bar.update()
-        four = [a + b for a, b in zip(answers["base"], more, strict=True)]
+        four = answers["base"] = [a + b for a, b in zip(answers["base"], more, strict=True)]
         more, _ = sample_scored(demo, prompts[:quarter], range(4, 16))
         bar.update(2)
         candidates = {4: four, 16: [a + b for a, b in zip(four, more, strict=False)]}
