@@ -106,6 +106,13 @@ def test_eos_is_not_taken_for_padding_where_they_are_one_token(tmp_path, pad):
         torch.testing.assert_close(one["hidden_states"], other["hidden_states"], rtol=0, atol=0)
 
 
+def test_an_encoder_decoder_is_refused_at_the_door(tmp_path, model, tokenizer):
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="LlamaForCausalLM is an encoder-decoder"):
+        collect(tmp_path, model=model, tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_of_the_callers_is_changed(tmp_path):
     model, tokenizer = tiny_model(attention_dropout=0.5).train(), tiny_tokenizer()
     model.model.layers[1].train(False)

@@ -88,6 +88,8 @@ def collect_rollouts(
         CollectError: a prompt with no room for its answer, a folder with other settings, a wrong return of a reward
             function, or a full disk.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; rollouts are of decoder-only models.")
     texts, extra = _as_columns(prompts, columns)
     _check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
     if num_return_sequences > 1 and temperature == 0:
