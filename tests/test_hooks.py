@@ -230,21 +230,33 @@ def no_head_call(self, *args, **kwargs):
     return CausalLMOutputWithPast(logits=functional.linear(hidden_states, self.lm_head.weight))
 
 
-def test_a_forward_that_goes_by_the_lm_head_module_is_an_error(monkeypatch):
+class Tokens(list):
+    """A streamer that keeps what it is given: the prompt first, then each token."""
+
+    put = list.append
+
+    def end(self):
+        pass
+
+
+def test_a_forward_that_goes_by_the_lm_head_module_is_an_error_before_its_token_is_chosen(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", no_head_call)
-    model = enable_recontrol(tiny_model())
+    model, streamer = enable_recontrol(tiny_model()), Tokens()
+    steer = {"recontrol_value_head": tiny_head(), "streamer": streamer, **STEER}
     with pytest.raises(SteeringNotApplied, match="LlamaForCausalLM did not call its output embeddings"):
-        model.generate(**prompts(), **GREEDY, use_cache=False, recontrol_value_head=tiny_head())
+        model.generate(**prompts(rows=1), **GREEDY, **steer, use_cache=False)
+    assert len(streamer) == 1
 
 
-def test_a_forward_that_goes_by_the_hooks_is_an_error():
-    model = enable_recontrol(tiny_model())
+def test_a_forward_that_goes_by_the_hooks_is_an_error_before_its_token_is_chosen():
+    model, streamer = enable_recontrol(tiny_model()), Tokens()
     model.__dict__["_call_impl"] = model.forward  # nn.Module.__call__ without hooks, as some wrappers do
     model.__class__ = type(
         model.__class__.__name__, (model.__class__,), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
     )
     with pytest.raises(SteeringNotApplied, match="went by our hooks"):
-        model.generate(**prompts(), **GREEDY, recontrol_value_head=tiny_head())
+        model.generate(**prompts(rows=1), **GREEDY, streamer=streamer, recontrol_value_head=tiny_head())
+    assert len(streamer) == 1
 
 
 def test_hooks_that_were_removed_are_put_back():
