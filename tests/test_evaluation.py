@@ -416,3 +416,9 @@ def test_a_model_without_its_tokenizer_is_refused(model):
         evaluate_answers(answer_rows(), model=model)
     with pytest.raises(ValueError, match="0 rows"):
         evaluate_answers([])
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 95}, {"confidence": 0.0}, {"resamples": 0}])
+def test_a_bootstrap_without_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="0 < confidence < 1"):
+        paired_bootstrap([1.0, 2.0], [2.0, 3.0], **wrong)

@@ -255,6 +255,8 @@ def paired_bootstrap(
         ValueError: shapes that do not pair, fewer than two prompts, values that are not finite, or an sd of 0.
     """
     base, new = (torch.as_tensor(values, dtype=torch.float64).cpu() for values in (baseline, treated))
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence is {confidence}, resamples {resamples}; pass 0 < confidence < 1, resamples ≥ 1.")
     shapes = f"baseline has shape {tuple(base.shape)}, treated {tuple(new.shape)}"
     if not {base.ndim, new.ndim} <= {1, 2} or len(base) != len(new) or len(base) < 2:
         raise ValueError(f"{shapes}; both must be (prompts,) or (prompts, answers), of the same two or more prompts.")
