@@ -1,6 +1,8 @@
 """What the demo brings along, and how it is loaded. Nothing is downloaded."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..generation import enable_recontrol
 from ..rewards import Rewards
@@ -16,6 +19,18 @@ from ..value_head import ValueHead
 FOLDER = Path(__file__).parent
 MAX_NEW_TOKENS = 40
 HEADS = {"linear_head": "linear head", "value_head": "MLP head", "random_direction": "random direction"}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bars for the loading of weights, which here takes milliseconds."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Demo:
     @cached_property
     def model(self) -> Any:
         """The language model, enabled, in float32: its arithmetic is fastest so on a CPU."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder / "language_model", dtype=torch.float32)
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(self.folder / "language_model", dtype=torch.float32)
         return enable_recontrol(model.eval())
 
     @cached_property
@@ -42,12 +58,14 @@ class Demo:
     @cached_property
     def scorers(self) -> Rewards:
         """The reward that heads are trained on, and the judge that none has seen: named "reward" and "judge"."""
-        return Rewards([str(self.folder / "reward"), str(self.folder / "judge")])
+        with _quietly():
+            return Rewards([str(self.folder / "reward"), str(self.folder / "judge")])
 
     @cached_property
     def reward(self) -> Rewards:
         """The reward alone."""
-        return Rewards(str(self.folder / "reward"))
+        with _quietly():
+            return Rewards(str(self.folder / "reward"))
 
     @cached_property
     def prompts(self) -> dict[str, list[str]]:
