@@ -1,5 +1,6 @@
 """The seam: nothing leaks between threads, nothing is left after an interrupt, nothing goes by unsteered in silence."""
 
+import copy
 import sys
 import threading
 import types
@@ -12,7 +13,7 @@ from torch.nn import functional
 from transformers import CompileConfig, LlamaForCausalLM, LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_recontrol import Controller, SteeringNotApplied, enable_recontrol, hooks
+from hf_recontrol import Controller, SteeringNotApplied, disable_recontrol, enable_recontrol, hooks
 from hf_recontrol.generation import forward_steered
 from hf_recontrol.hooks import Call, live_call, run_live
 
@@ -272,6 +273,17 @@ def test_continuous_batching_is_refused_not_plain():
     model = enable_recontrol(tiny_model())
     with pytest.raises(ValueError, match=r"generate_batch\(\) cannot be steered"):
         model.generate_batch([[1, 5]], recontrol_value_head=tiny_head())
+    enable_recontrol()
+    try:  # a stock model's generate_batch takes any keyword and ignores it
+        with pytest.raises(ValueError, match=r"generate_batch\(\) cannot be steered"):
+            tiny_model().generate_batch([[1, 5]], recontrol_value_head=tiny_head())
+    finally:
+        disable_recontrol()
+    config = copy.deepcopy(model.generation_config)
+    config.recontrol_value_head = "stranger/head"
+    with pytest.raises(ValueError, match="A config cannot choose what is loaded"):
+        model.generate_batch([[1, 5]], config)
+    assert model.generate_batch([], recontrol_value_head=False) == {}
     with pytest.raises(ValueError, match="paged"):
         model.generate(**prompts(), cache_implementation="paged", recontrol_value_head=tiny_head())
 

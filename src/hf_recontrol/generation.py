@@ -32,9 +32,7 @@ class RecontrolGenerationMixin:
 
     @functools.wraps(GenerationMixin.generate_batch)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(name.startswith("recontrol_") for name in kwargs):
-            raise ValueError("generate_batch() cannot be steered: it runs in a thread of its own. Use generate().")
-        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        return _generate_batch(super().generate_batch, self, args, kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class was made at run time, so it is pickled as the stock class and made again
@@ -71,6 +69,15 @@ def _generate(
             stacklevel=3,
         )
     return result
+
+
+def _generate_batch(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Continuous batching, which takes any keyword and ignores it: refused where ours would be lost."""
+    keywords = RecontrolKeywords.pop(kwargs)
+    refuse_unread_config(kwargs.get("generation_config", args[1] if len(args) > 1 else None), model, keywords)
+    if keywords.value_head is not False and keywords != RecontrolKeywords():
+        raise ValueError("generate_batch() cannot be steered: it runs in a thread of its own. Use generate().")
+    return stock(*args, **kwargs)
 
 
 def _check_forward() -> None:
@@ -172,14 +179,18 @@ _PATCHED: dict[str, Any] = {}
 def _patch_generation_mixin() -> None:
     if _PATCHED:
         return
-    names = ("generate", "_update_model_kwargs_for_generation")
-    generate, update = (_PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names)
+    names = ("generate", "generate_batch", "_update_model_kwargs_for_generation")
+    generate, generate_batch, update = (_PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names)
 
     @functools.wraps(generate)
     def patched_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self, RecontrolGenerationMixin):  # has taken its keywords already
             return generate(self, *args, **kwargs)
         return _generate(functools.partial(generate, self), self, args, kwargs)
+
+    @functools.wraps(generate_batch)
+    def patched_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _generate_batch(functools.partial(generate_batch, self), self, args, kwargs)
 
     @functools.wraps(update)
     def patched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +199,7 @@ def _patch_generation_mixin() -> None:
         return update(self, *args, **kwargs)
 
     GenerationMixin.generate = patched_generate  # type: ignore[method-assign]
+    GenerationMixin.generate_batch = patched_generate_batch  # type: ignore[method-assign]
     GenerationMixin._update_model_kwargs_for_generation = patched_update  # type: ignore[method-assign]
 
 
