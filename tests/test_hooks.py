@@ -10,11 +10,19 @@ import pytest
 import torch
 from tiny import prompts, tiny_head, tiny_model
 from torch.nn import functional
-from transformers import CompileConfig, LlamaForCausalLM, LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_recontrol import Controller, SteeringNotApplied, disable_recontrol, enable_recontrol, hooks
-from hf_recontrol.generation import forward_steered
+from hf_recontrol.forwards import forward_steered
 from hf_recontrol.hooks import Call, live_call, run_live
 
 pytestmark = pytest.mark.versions
@@ -269,23 +277,59 @@ def test_hooks_that_were_removed_are_put_back():
     assert model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER).tolist() == expected.tolist()
 
 
-def test_continuous_batching_is_refused_not_plain():
-    model = enable_recontrol(tiny_model())
-    with pytest.raises(ValueError, match=r"generate_batch\(\) cannot be steered"):
-        model.generate_batch([[1, 5]], recontrol_value_head=tiny_head())
+def small_batches():
+    """The default sizing would take gigabytes."""
+    name = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32, **{name: 16})
+
+
+@pytest.mark.parametrize("max_kl", [None, 0.05])
+def test_continuous_batching_is_steered(max_kl):
+    head, texts = tiny_head(), [[1, 5, 9], [1, 7, 8, 11], [1, 20]]
+    steer = {"recontrol_value_head": head, "recontrol_max_kl": max_kl, **STEER}
+    model, batching = enable_recontrol(tiny_model(eos_token_id=2)), enable_recontrol(tiny_model(eos_token_id=2))
+    batching.set_attn_implementation("paged|eager")
+    config = GenerationConfig(**GREEDY, eos_token_id=2, pad_token_id=0)
+    for keywords in (steer, {}, {"recontrol_value_head": False}):
+        expected = [model.generate(torch.tensor([ids]), config, **keywords)[0, len(ids) :].tolist() for ids in texts]
+        outputs = batching.generate_batch(texts, config, continuous_batching_config=small_batches(), **keywords)
+        assert [output.generated_tokens for output in outputs.values()] == expected
     enable_recontrol()
-    try:  # a stock model's generate_batch takes any keyword and ignores it
-        with pytest.raises(ValueError, match=r"generate_batch\(\) cannot be steered"):
-            tiny_model().generate_batch([[1, 5]], recontrol_value_head=tiny_head())
+    try:
+        stock = tiny_model(eos_token_id=2, attn_implementation="paged|eager")
+        outputs = stock.generate_batch(texts, config, continuous_batching_config=small_batches(), **steer)
     finally:
         disable_recontrol()
+    steered = [model.generate(torch.tensor([ids]), config, **steer)[0, len(ids) :].tolist() for ids in texts]
+    assert [output.generated_tokens for output in outputs.values()] == steered
+    assert steered != expected
+
+
+def test_continuous_batching_that_cannot_be_steered_is_refused_not_plain(monkeypatch):
+    model = enable_recontrol(tiny_model())
+    steer = {"recontrol_value_head": tiny_head(), **STEER}
+    with pytest.raises(ValueError, match="persistent_manager"):
+        model.generate_batch([[1, 5]], persistent_manager=True, **steer)
+    with pytest.raises(ValueError, match="recontrol_trace"):
+        model.generate_batch([[1, 5]], **steer, recontrol_trace=True)
+    with pytest.raises(ValueError, match="paged"):
+        model.generate(**prompts(), cache_implementation="paged", **steer)
     config = copy.deepcopy(model.generation_config)
     config.recontrol_value_head = "stranger/head"
-    with pytest.raises(ValueError, match="A config cannot choose what is loaded"):
+    with pytest.raises(ValueError, match="not registered"):
         model.generate_batch([[1, 5]], config)
-    assert model.generate_batch([], recontrol_value_head=False) == {}
-    with pytest.raises(ValueError, match="paged"):
-        model.generate(**prompts(), cache_implementation="paged", recontrol_value_head=tiny_head())
+    with pytest.raises(ValueError, match="not steered by its generation config"):
+        model.init_continuous_batching(config)
+    assert model.generate_batch([], config, recontrol_value_head=False) == {}
+
+    def by_its_weight(self, input_ids, logits_to_keep, **kwargs):
+        hidden_states = self.model(input_ids, **kwargs)[0][:, logits_to_keep]
+        return CausalLMOutputWithPast(logits=functional.linear(hidden_states, self.lm_head.weight))
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", by_its_weight)
+    model.set_attn_implementation("paged|eager")
+    with pytest.raises(SteeringNotApplied, match="did not call its output embeddings"):
+        model.generate_batch([[1, 5]], GenerationConfig(**GREEDY), continuous_batching_config=small_batches(), **steer)
 
 
 def test_an_encoder_decoder_is_steered():

@@ -1,12 +1,15 @@
 """RE-Control for transformers: a value head steers generate() at decoding time (arXiv:2406.05954)."""
 
-from .control import ControlConfig, Controller
+from .control import Controller
+from .control_config import ControlConfig
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 from .fitting import fit_linear_head
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
 from .head_config import ControlDefaults, RewardScale, ValueHeadConfig
+from .registry import register_value_heads
 from .rollout_store import RolloutDataset
 from .rollouts import collect_rollouts
+from .trace import Trace
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments
 from .value_head import ValueHead
@@ -27,10 +30,12 @@ __all__ = [
     "RewardScale",
     "RolloutDataset",
     "SteeringNotApplied",
+    "Trace",
     "ValueHead",
     "ValueHeadConfig",
     "collect_rollouts",
     "disable_recontrol",
     "enable_recontrol",
     "fit_linear_head",
+    "register_value_heads",
 ]

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .control import Controller
-from .generation import forward_steered
+from .forwards import forward_steered
+from .kl_bound import kl_divergence, log_softmax
 from .rewards import RewardFunc, Rewards
 
 Tokenize = Callable[[str], Sequence[str]]
@@ -142,10 +143,10 @@ def token_statistics(
         for row, i in enumerate(chosen):  # row by row: float32 copies of one answer's distributions only
             first = lengths[i][0] - 1 - cut
             where = slice(first, first + lengths[i][1])
-            log_p = _log_softmax(base[row, where])
+            log_p = log_softmax(base[row, where])
             ids = torch.as_tensor(completion_ids[i], dtype=torch.long, device=log_p.device)
             log_probs[i] = log_p.gather(-1, ids[:, None]).squeeze(-1).cpu()
-            kl[i] = _kl(_log_softmax(steered[row, where]), log_p).cpu()
+            kl[i] = kl_divergence(steered[row, where], base[row, where]).cpu()
         del base, steered  # before the next batch's are made
     return TokenStatistics(log_probs, kl)
 
@@ -177,15 +178,6 @@ def _forward_inputs(model: PreTrainedModel, prompt_ids: TokenIds, completion_ids
     optional = {"use_cache": False, "logits_to_keep": logits_to_keep}  # they save memory; not every forward has them
     accepted = inspect.signature(model.forward).parameters
     return inputs | {name: value for name, value in optional.items() if name in accepted}
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    # a token that p forbids adds 0, also where q forbids it; rounding must not give less than 0
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 def best_of_n(rewards: Sequence[Sequence[float | None]], n: int) -> list[int]:

@@ -1,18 +1,13 @@
 """generate(..., recontrol_value_head=…): stock generate() of any transformers model, steered by a value head."""
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from .control import Controller
-from .errors import SteeringNotApplied
-from .hooks import Call, Recorder, install, live_call, lm_head, lm_head_owner, run_live, uninstall
-from .keywords import RecontrolKeywords, refuse_unread_config
+from .hooks import install, lm_head, uninstall
+from .keywords import set_defaults
+from .steering import check_forward, steered_generate, steered_generate_batch, steered_manager
 
 
 class RecontrolGenerationMixin:
@@ -23,67 +18,44 @@ class RecontrolGenerationMixin:
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _generate(super().generate, self, args, kwargs)  # type: ignore[misc]
+        return steered_generate(super().generate, self, args, kwargs)  # type: ignore[misc]
 
     @functools.wraps(GenerationMixin._update_model_kwargs_for_generation)
     def _update_model_kwargs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_forward()
+        check_forward()
         return super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(GenerationMixin.generate_batch)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _generate_batch(super().generate_batch, self, args, kwargs)  # type: ignore[misc]
+        return steered_generate_batch(super().generate_batch, self, args, kwargs)  # type: ignore[misc]
+
+    @functools.wraps(GenerationMixin.init_continuous_batching)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return steered_manager(super().init_continuous_batching, self, args, kwargs)  # type: ignore[misc]
+
+    def set_recontrol_defaults(self: Any, value_head: Any = None, **defaults: Any) -> None:
+        """Steer this model's generate() unless a call or its config says otherwise. Replaces earlier defaults.
+
+        The heads are read now and registered, see `register_value_heads`; their names and the numbers go into
+        `model.generation_config`, which save_pretrained writes too. Whoever loads that model must register the heads
+        again: a config alone never loads one.
+
+        Args:
+            value_head: as recontrol_value_head. A head or heads from the Hub are registered by their ids; a ValueHead
+                under a name made of its reward and weights. None, with nothing else: no defaults.
+            defaults: step_size, num_steps, strength, max_kl, max_relative_norm, regularization, target_value, strict,
+                trace: as the keywords of generate().
+
+        Raises:
+            TypeError, ValueError, HeadError, HeadUnavailable, HeadMismatch: as generate() would. Nothing is changed.
+        """
+        set_defaults(self, value_head, defaults)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class was made at run time, so it is pickled as the stock class and made again
         stock = type(self).__dict__.get("_recontrol_stock_class")
         reduced = super().__reduce_ex__(protocol)
         return reduced if stock is None else (_new_enabled, (stock,), *reduced[2:])
-
-
-def _generate(
-    stock: Callable[..., Any],
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    recorder: Recorder | None = None,
-) -> Any:
-    keywords = RecontrolKeywords.pop(kwargs)
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    call = None
-    # assisted decoding drafts with a copy of the target's config: drafts are plain, the target's forward decides
-    if keywords != RecontrolKeywords() or recorder is not None or not getattr(config, "is_assistant", False):
-        refuse_unread_config(config, model, keywords)
-        controller = keywords.controller(model)
-        if controller is not None or recorder is not None:
-            if kwargs.get("cache_implementation") == "paged":
-                raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
-            install(model)
-            call = Call(None if controller is None else controller.edit, recorder, lm_head_owner(model))
-    result = run_live(call, stock, *args, **kwargs)
-    if call is not None and call.unsound is not None and int(call.unsound):
-        warnings.warn(
-            f"{int(call.unsound)} hidden states were not finite, or would not have been after the edit, and were left "
-            "unedited; those tokens are unguided. Is the model's dtype too narrow, or the step size huge?",
-            UserWarning,
-            stacklevel=3,
-        )
-    return result
-
-
-def _generate_batch(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Continuous batching, which takes any keyword and ignores it: refused where ours would be lost."""
-    keywords = RecontrolKeywords.pop(kwargs)
-    refuse_unread_config(kwargs.get("generation_config", args[1] if len(args) > 1 else None), model, keywords)
-    if keywords.value_head is not False and keywords != RecontrolKeywords():
-        raise ValueError("generate_batch() cannot be steered: it runs in a thread of its own. Use generate().")
-    return stock(*args, **kwargs)
-
-
-def _check_forward() -> None:
-    call = live_call()
-    if call is not None:
-        call.check()
 
 
 @functools.cache
@@ -179,94 +151,36 @@ _PATCHED: dict[str, Any] = {}
 def _patch_generation_mixin() -> None:
     if _PATCHED:
         return
-    names = ("generate", "generate_batch", "_update_model_kwargs_for_generation")
-    generate, generate_batch, update = (_PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names)
+    names = ("generate", "generate_batch", "init_continuous_batching", "_update_model_kwargs_for_generation")
+    generate, generate_batch, manager, update = (
+        _PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names
+    )
 
     @functools.wraps(generate)
     def patched_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self, RecontrolGenerationMixin):  # has taken its keywords already
             return generate(self, *args, **kwargs)
-        return _generate(functools.partial(generate, self), self, args, kwargs)
+        return steered_generate(functools.partial(generate, self), self, args, kwargs)
 
     @functools.wraps(generate_batch)
     def patched_generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _generate_batch(functools.partial(generate_batch, self), self, args, kwargs)
+        if isinstance(self, RecontrolGenerationMixin):
+            return generate_batch(self, *args, **kwargs)
+        return steered_generate_batch(functools.partial(generate_batch, self), self, args, kwargs)
+
+    @functools.wraps(manager)
+    def patched_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, RecontrolGenerationMixin):
+            return manager(self, *args, **kwargs)
+        return steered_manager(functools.partial(manager, self), self, args, kwargs)
 
     @functools.wraps(update)
     def patched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, RecontrolGenerationMixin):  # else it has checked already
-            _check_forward()
+            check_forward()
         return update(self, *args, **kwargs)
 
     GenerationMixin.generate = patched_generate  # type: ignore[method-assign]
     GenerationMixin.generate_batch = patched_generate_batch  # type: ignore[method-assign]
+    GenerationMixin.init_continuous_batching = patched_manager  # type: ignore[method-assign]
     GenerationMixin._update_model_kwargs_for_generation = patched_update  # type: ignore[method-assign]
-
-
-@contextmanager
-def _enabled(model: PreTrainedModel) -> Iterator[None]:
-    """The model enabled for the time, and left as it was found."""
-    was_enabled = isinstance(model, RecontrolGenerationMixin)
-    enable_recontrol(model)
-    try:
-        yield
-    finally:
-        if not was_enabled:
-            disable_recontrol(model)
-
-
-def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """generate(), and the hidden state that predicted each new token: s_t = h_t, the LM head's input before any edit.
-
-    Recorded while generating, at no cost in time. Greedy decoding and sampling only.
-
-    Args:
-        model: any transformers model with an LM head, enabled or not.
-        max_new_tokens: at most so many tokens are generated.
-        kwargs: generate()'s, the `recontrol_` ones too (s_t is recorded before the edit).
-
-    Returns:
-        The token ids as generate() returns them, int64 (rows, tokens), whose last n columns are the n new ones; and
-        (rows, n, hidden_size) in the model's dtype. After a row's EOS both hold padding.
-
-    Raises:
-        ValueError: a decoding mode in which a forward is not one token.
-        SteeringNotApplied: the model passed the hooks by.
-    """
-    plain_modes: dict[str, Any] = {"num_beams": 1, "assistant_model": None, "prompt_lookup_num_tokens": None}
-    plain_modes |= {"prefill_chunk_size": None, "guidance_scale": None}
-    for name, plain in plain_modes.items():
-        if kwargs.setdefault(name, plain) != plain:
-            raise ValueError(
-                f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
-            )
-    recorder = Recorder(max_new_tokens)
-    with _enabled(model):
-        stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
-        sequences = _generate(stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder)
-    hidden_states = recorder.hidden_states()
-    if kwargs.get("input_ids") is not None and not model.config.is_encoder_decoder:
-        new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
-        if hidden_states.shape[:2] != (sequences.shape[0], new_tokens):
-            raise SteeringNotApplied(
-                f"{tuple(hidden_states.shape[:2])} hidden states were recorded for {tuple(sequences.shape[:1])} rows "
-                f"of {new_tokens} new tokens: this decoding mode does not make one token of each forward. Leave it out."
-            )
-    return sequences, hidden_states
-
-
-def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwargs: Any) -> Any:
-    """One forward pass with the control at every position that reaches the LM head.
-
-    Args:
-        model: any transformers model with an LM head, enabled or not.
-        controller: the control; None is a plain forward.
-        kwargs: the forward's.
-
-    Returns:
-        What the model's forward returns.
-    """
-    if controller is None:
-        return run_live(None, model, **kwargs)
-    with _enabled(model):
-        return run_live(Call(controller.edit, owner=lm_head_owner(model)), model, **kwargs)

@@ -14,18 +14,32 @@ ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
 MAX_WIDTH = 2**20
 MAX_PARAMETERS = 2**28
 MAX_STEPS = 1024
+MAX_CALIBRATION = 32
 MAX_STRING = 512
 MAX_INFO_BYTES = 16 * 1024
 
 
 @dataclass
 class ControlDefaults:
-    """The control a head is used with when generate() is given no other: the value head's advice, α and n."""
+    """The control a head is used with when generate() is given no other, and the table that strengths are read from."""
 
     step_size: float = 0.5
     """α, in hidden-state units per unit of ∇V (V in standard deviations of the reward); ≥ 0, 0 is no control."""
     num_steps: int = 30
     """n, the steps of ascent at each token, 0 to 1024; 0 is no control. 0.5 and 30: the paper's Vicuna on HH-RLHF."""
+    strength: float | None = None
+    """Mean KL per token in nats, > 0; picks α from the calibration in place of step_size. None: step_size counts."""
+    max_kl: float | None = None
+    """No token's KL above it, nats, > 0. None: 4 × the strength where there is one, else no bound."""
+    max_relative_norm: float | None = None
+    """‖u‖ at most this share of ‖h‖, > 0. None: no bound."""
+    regularization: float = 0.0
+    """λ ≥ 0 of the penalty λ‖u‖² on the control."""
+    target_value: float | None = None
+    """Value to steer to, from either side, in raw units of the reward. None: as high as the steps reach."""
+    calibration: list[list[float]] = field(default_factory=list)
+    """Pairs [mean KL per token in nats, step_size that gives it at num_steps steps], both rising, at most 32. The KL is
+    measured on the base model's own states with each token held at 4 × the mean; empty: not calibrated."""
 
 
 @dataclass
@@ -105,9 +119,10 @@ class ValueHeadConfig:
         _check_string("reward.name", self.reward.name)
         _check_number("reward.mean", self.reward.mean, -1e30)
         _check_number("reward.std", self.reward.std, 1e-30)
-        _check("control", self.control, isinstance(self.control, ControlDefaults), "an object {step_size, num_steps}")
-        _check_number("control.step_size", self.control.step_size, 0.0)
-        _check_integer("control.num_steps", self.control.num_steps, 0, MAX_STEPS)
+        _check(
+            "control", self.control, isinstance(self.control, ControlDefaults), "an object {step_size, num_steps, …}"
+        )
+        _check_control(self.control)
         _check_info(self.info)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -183,6 +198,27 @@ def _check_number(name: str, value: object, low: float) -> None:
 def _check_string(name: str, value: object, *, optional: bool = False) -> None:
     holds = isinstance(value, str) and len(value) <= MAX_STRING and value.isprintable()
     _check(name, value, holds or (optional and value is None), f"up to {MAX_STRING} printable characters")
+
+
+def _check_control(control: ControlDefaults) -> None:
+    _check_number("control.step_size", control.step_size, 0.0)
+    _check_integer("control.num_steps", control.num_steps, 0, MAX_STEPS)
+    _check_number("control.regularization", control.regularization, 0.0)
+    lowest = {"strength": 1e-30, "max_kl": 1e-30, "max_relative_norm": 1e-30, "target_value": -1e30}
+    for name, low in lowest.items():
+        if getattr(control, name) is not None:
+            _check_number(f"control.{name}", getattr(control, name), low)
+    table = control.calibration
+    pairs = isinstance(table, list) and len(table) <= MAX_CALIBRATION
+    pairs = pairs and all(isinstance(pair, list) and len(pair) == 2 for pair in table)
+    _check("control.calibration", table, pairs, f"at most {MAX_CALIBRATION} pairs [KL per token, step_size]")
+    for column in zip(*table, strict=True):
+        for number in column:
+            _check_number("control.calibration", number, 1e-30)
+        rises = all(one < other for one, other in pairwise(column))
+        _check("control.calibration", table, rises, "pairs whose numbers rise")
+    calibrated = control.strength is None or bool(table)
+    _check("control.strength", control.strength, calibrated, "None, for there is no calibration to read it from")
 
 
 def _check_info(info: object) -> None:

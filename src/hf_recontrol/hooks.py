@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import SteeringNotApplied
+from .kl_bound import bounded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,9 +70,10 @@ class Call:
     Args:
         edit: from the LM head's input, float (..., hidden_size), to (edited, sound): the same shape, and bool (..., 1),
             False where a row was left as it came because it was not finite. None edits nothing.
-        recorder: is given the LM head's input before the edit, at each forward.
+        recorder: is shown the LM head's input before and after the edit, at each forward.
         owner: the module whose forwards are meant, see `lm_head_owner`. Another model's, run in between by a logits
             processor, say, stay plain.
+        max_kl: no token's KL above it, in nats; None is no bound.
     """
 
     def __init__(
@@ -79,10 +81,15 @@ class Call:
         edit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         recorder: "Recorder | None" = None,
         owner: nn.Module | None = None,
+        max_kl: float | None = None,
     ):
         self.owner = owner
         self.edit = edit
         self.recorder = recorder
+        self.max_kl = max_kl
+        # The base rows go through the LM head before the edited ones, so that soft-caps, scales and biases, which the
+        # model may apply after it, are in both: a KL measured before them is wrong for about 50 architectures.
+        self.doubled = edit is not None and (max_kl is not None or (recorder is not None and recorder.wants_logits))
         self.unsound: Tensor | None = None  # rows left unedited because they were not finite; int64 ()
         self.inside = False  # between the forward's pre-hook and its hook
         self.fired = False  # the LM head was reached in this forward
@@ -91,35 +98,42 @@ class Call:
         self.missed: str | None = None  # class of a model whose forward went by its LM head; stays
 
     def at_head(self, hidden_states: Tensor) -> Tensor:
-        """Record and edit the LM head's input."""
+        """Record and edit the LM head's input; the input as it came in front of it where both are needed."""
         self.fired = True
-        if self.recorder is not None:
-            self.recorder(hidden_states)
         if self.edit is None:
-            return hidden_states
-        edited, sound = self.edit(hidden_states)
-        if self.unsound is None:
-            self.unsound = torch.zeros((), dtype=torch.int64, device=hidden_states.device)
-        self.unsound.add_((~sound).sum())
+            edited, sound = hidden_states, None
+        else:
+            edited, sound = self.edit(hidden_states)
+            self._count(~sound)
+        if self.recorder is not None:
+            self.recorder.at_head(hidden_states, edited, sound)
+        return torch.cat([hidden_states, edited]) if self.doubled else edited
+
+    def after_forward(self, logits: Tensor) -> Tensor:
+        """The logits that the forward returns, (batch, ..., vocabulary), from those of at_head's two halves."""
+        base, edited = logits.chunk(2)
+        scale = None
+        if self.max_kl is not None:
+            edited, scale = bounded(base, edited, self.max_kl)
+            self._count(scale == 0)  # the edit overflowed in the logits
+        if self.recorder is not None:
+            self.recorder.after_forward(base, edited, scale)
         return edited
 
+    def _count(self, unsound: Tensor) -> None:
+        if self.unsound is None:
+            self.unsound = torch.zeros((), dtype=torch.int64, device=unsound.device)
+        self.unsound.add_(unsound.sum())
+
     def check(self) -> None:
-        """Raise unless the forward just done was applied to. For eager code: hooks themselves never raise.
+        """After a forward: raise unless it was applied to. For eager code: hooks themselves never raise.
 
         An exception inside a traced hook would surface as Dynamo's, and in a server's loop it would end all requests.
         """
-        if self.missed is not None:
-            raise SteeringNotApplied(
-                f"The forward pass of {self.missed} did not call its output embeddings as a module, so its hidden "
-                "states could not be reached. No text was returned. This model cannot be used with hf_recontrol as it "
-                "is; please report its name."
-            )
-        if not self.steered:
-            raise SteeringNotApplied(
-                "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced "
-                "after enable_recontrol()? Call enable_recontrol() on the model that runs."
-            )
+        self._require(self.steered)
         self.steered = False
+        if self.recorder is not None:
+            self.recorder.step()
 
     def finish(self, live: "Call | None") -> None:
         """Raise unless this call was applied and is still the live one."""
@@ -127,11 +141,39 @@ class Call:
             raise SteeringNotApplied(
                 "The live control was lost during generate(). No text was returned; please report how."
             )
-        self.steered = self.ever
-        self.check()
+        self._require(self.ever)
+
+    def _require(self, steered: bool) -> None:
+        if self.missed is not None:
+            raise SteeringNotApplied(
+                f"The forward pass of {self.missed} did not call its output embeddings as a module, so its hidden "
+                "states could not be reached. No text was returned. This model cannot be used with hf_recontrol as it "
+                "is; please report its name."
+            )
+        if not steered:
+            raise SteeringNotApplied(
+                "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced "
+                "after enable_recontrol()? Call enable_recontrol() on the model that runs."
+            )
 
 
 class Recorder:
+    """What is kept of a generate(). Traced code may write into tensors that exist; only step() may do more."""
+
+    wants_logits = False
+    """Whether after_forward is to be called: costs a second row through the LM head."""
+
+    def at_head(self, hidden_states: Tensor, edited: Tensor, sound: Tensor | None) -> None:
+        """The LM head's input before and after the edit, (..., hidden_size), and which rows are sound, (..., 1)."""
+
+    def after_forward(self, base: Tensor, logits: Tensor, scale: Tensor | None) -> None:
+        """The logits without control and those returned, (..., vocabulary), and the share left by max_kl, (..., 1)."""
+
+    def step(self) -> None:
+        """After each forward of a generate(), outside what is compiled."""
+
+
+class HiddenStates(Recorder):
     """Keeps the last position of the LM head's input at each forward, in tensors made once: no list, no growth.
 
     Args:
@@ -140,24 +182,22 @@ class Recorder:
 
     def __init__(self, steps: int):
         self.steps = steps
-        self.step: Tensor | None = (
-            None  # index of the next forward, int64 (1,); a tensor, so that Dynamo does not count
-        )
+        self.next: Tensor | None = None  # index of the next forward, int64 (1,): a tensor, so Dynamo does not count
         self.buffer: Tensor | None = None  # (steps, rows, hidden_size) in the model's dtype
 
-    def __call__(self, hidden_states: Tensor) -> None:
+    def at_head(self, hidden_states: Tensor, edited: Tensor, sound: Tensor | None) -> None:
         last = hidden_states[..., -1, :]
-        if self.buffer is None or self.step is None:
+        if self.buffer is None or self.next is None:
             self.buffer = last.new_zeros((self.steps, *last.shape))
-            self.step = torch.zeros(1, dtype=torch.int64, device=last.device)
-        self.buffer.index_copy_(0, self.step, last.detach().unsqueeze(0))
-        self.step += 1
+            self.next = torch.zeros(1, dtype=torch.int64, device=last.device)
+        self.buffer.index_copy_(0, self.next, last.detach().unsqueeze(0))
+        self.next += 1
 
-    def hidden_states(self) -> Tensor:
+    def recorded(self) -> Tensor:
         """What was recorded, (rows, forwards, hidden_size)."""
-        if self.buffer is None or self.step is None:
+        if self.buffer is None or self.next is None:
             raise SteeringNotApplied("No forward pass was recorded. Call enable_recontrol() on the model that runs.")
-        return self.buffer[: int(self.step)].transpose(0, 1).contiguous()
+        return self.buffer[: int(self.next)].transpose(0, 1).contiguous()
 
 
 def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -182,6 +222,8 @@ def _after_forward(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> N
         return
     call.inside = False
     if call.fired:
+        if call.doubled:
+            outputs.logits = call.after_forward(outputs.logits)
         call.steered = call.ever = True
     else:
         call.missed = type(module).__name__

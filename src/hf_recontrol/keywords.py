@@ -1,126 +1,212 @@
 """What generate() takes besides its own keywords: read, checked against the model, and made into a control."""
 
 import difflib
-import functools
+import hashlib
 import os
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from .control import ControlConfig, Controller
+from .control import Controller
+from .control_config import ControlConfig
 from .errors import HeadMismatch
-from .head_format import CONFIG_NAME, WEIGHTS_NAME
 from .hooks import lm_head, model_name
+from .registry import as_value_head, register_value_heads, registered_value_head
 from .value_head import ValueHead
+
+CONTROL = [field.name for field in fields(ControlConfig)]
+IN_A_CONFIG = ["value_head", *CONTROL, "strict", "trace"]
+HeadReference = str | os.PathLike[str] | ValueHead
+
+
+class Request(NamedTuple):
+    """What one generate() is to do."""
+
+    controller: Controller | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)
 class RecontrolKeywords:
-    """What generate() takes besides its own keywords, each with `recontrol_` in front."""
+    """What generate() takes besides its own keywords, each with `recontrol_` in front.
 
-    value_head: "ValueHead | str | os.PathLike[str] | bool | None" = None
-    """The head: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), or a ValueHead.
-    None or False is none: stock generate()."""
+    What is None is taken from the generation config that is given, then from the model's, then from the head.
+    """
+
+    value_head: HeadReference | Mapping[HeadReference, float] | bool | None = None
+    """The head: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), or a ValueHead; or
+    several, each with its weight. False is none: stock generate(), whatever else is said."""
     step_size: float | None = None
-    """α, ≥ 0; the head's where None. 0 is no control, bit for bit."""
+    """α, ≥ 0; 0 is no control, bit for bit. Not together with strength."""
     num_steps: int | None = None
-    """n, 0 to 1024; the head's where None. 0 is no control, bit for bit."""
+    """n, 0 to 1024; 0 is no control, bit for bit."""
+    strength: float | None = None
+    """Mean KL per token to spend, nats, > 0; picks α from the head's calibration, and sets max_kl to 4 × as much."""
+    max_kl: float | None = None
+    """No token's KL above it, nats, > 0, before temperature and other logits processors; inf: no bound."""
+    max_relative_norm: float | None = None
+    """‖u‖ at most this share of ‖h‖, > 0; inf: no bound."""
+    regularization: float | None = None
+    """λ ≥ 0 of the penalty λ‖u‖²."""
+    target_value: float | None = None
+    """Value to steer to, from below and from above, in raw units of the reward."""
+    config: ControlConfig | Mapping[str, Any] | None = None
+    """The seven above at once. A keyword that says something else is an error."""
     revision: str | None = None
     """Branch, tag or commit of a head on the Hub."""
     token: str | None = None
     """Access token for a head on the Hub; the stored one where None."""
-    strict: bool = False
+    strict: bool | None = None
     """Whether a head trained on another base model is an error; otherwise it is a warning."""
+    trace: bool | None = None
+    """Whether the output, with return_dict_in_generate, has a `recontrol_trace`: see Trace. Greedy decoding and
+    sampling only; costs a second row through the LM head."""
 
     @classmethod
     def pop(cls, kwargs: dict[str, Any]) -> "RecontrolKeywords":
         """Take ours out of generate()'s keywords."""
         ours = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("recontrol_")}
-        known = ["recontrol_" + name for name in cls.__dataclass_fields__]
-        for name in ours:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"generate() has no keyword {name!r}; the nearest is {nearest!r}. Ours: {', '.join(known)}."
-                )
-        return cls(**{name.removeprefix("recontrol_"): value for name, value in ours.items()})
+        if ours.get("recontrol_value_head") is False:  # plain text, whatever the rest says
+            return cls(value_head=False)
+        return cls(**_known(ours, [field.name for field in fields(cls)], "generate()"))
 
-    def controller(self, model: PreTrainedModel) -> Controller | None:
-        """The control that was asked for, checked against the model; None where none was.
+    def request(self, model: PreTrainedModel, given_config: Any = None) -> Request:
+        """What was asked for, by the call and by the configs, checked against the model.
+
+        Args:
+            given_config: the GenerationConfig of the call.
 
         Raises:
-            TypeError, ValueError: a keyword has a wrong value, or does nothing as it stands.
+            TypeError, ValueError: a keyword or a config has a wrong value, or one that does nothing as it stands.
             HeadError, HeadUnavailable, HeadMismatch: the head cannot be read, fetched, or used with this model.
         """
-        if type(self.strict) is not bool:
-            raise ValueError(f"recontrol_strict is {self.strict!r}; it must be True or False.")
-        control = ControlConfig(step_size=self.step_size, num_steps=self.num_steps)
-        if self.value_head is None or self.value_head is False:
-            if self.value_head is None and self != RecontrolKeywords():
+        if self.value_head is False:
+            return Request()
+        if getattr(given_config, "is_assistant", False) and self == RecontrolKeywords():
+            return Request()  # drafts are made with a copy of the target's config: they are plain, the target decides
+        control, flags = self._control(), {"strict": self.strict, "trace": self.trace}
+        heads = None if self.value_head is None else self._heads()
+        for where, config in (("given", given_config), ("model's", model.generation_config)):
+            said = said_by(config, f"{where} generation config")
+            if heads is None and said.get("value_head") is not None:
+                heads = _registered(said["value_head"], f"{where} generation config")
+            control = control.over(ControlConfig(**{name: said[name] for name in CONTROL if name in said}))
+            flags = {name: said.get(name) if flag is None else flag for name, flag in flags.items()}
+        for name, flag in flags.items():
+            if flag is not None and type(flag) is not bool:
+                raise ValueError(f"recontrol_{name} is {flag!r}; it must be True or False.")
+        if not heads:
+            if heads is None and self != RecontrolKeywords():
                 raise ValueError(
                     "generate() was given recontrol_ keywords but no recontrol_value_head, so nothing would be "
                     "steered. Name a head, or leave the others out."
                 )
-            return None
-        head = self._head()
-        check_base_model(head, model, strict=self.strict)
-        return Controller(head, control)
+            return Request()
+        for head in heads:
+            check_base_model(head, model, strict=bool(flags["strict"]))
+        return Request(Controller(heads, control), bool(flags["trace"]))
 
-    def _head(self) -> ValueHead:
-        head = self.value_head
-        if isinstance(head, ValueHead):
-            if self.revision is not None or self.token is not None:
+    def _control(self) -> ControlConfig:
+        """The keywords and `config` together."""
+        said = {name: getattr(self, name) for name in CONTROL if getattr(self, name) is not None}
+        control = ControlConfig(**said)
+        if self.config is None:
+            return control
+        whole = ControlConfig.of(self.config)
+        for name, value in said.items():
+            if getattr(whole, name) not in (None, value):
                 raise ValueError(
-                    "recontrol_revision and recontrol_token are for a head on the Hub, but a ValueHead was given."
+                    f"recontrol_{name} is {value!r}, but recontrol_config has {name} = {getattr(whole, name)!r}. "
+                    "Say it once."
                 )
-            return head
-        if isinstance(head, str | os.PathLike):
-            return load_value_head(os.fspath(head), self.revision, self.token)
-        raise TypeError(
-            f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead, "
-            "or False."
+        return ControlConfig(**{name: getattr(whole, name) for name in CONTROL} | said)
+
+    def _heads(self) -> dict[ValueHead, float]:
+        given = self.value_head
+        if isinstance(given, ValueHead) and (self.revision is not None or self.token is not None):
+            raise ValueError(
+                "recontrol_revision and recontrol_token are for a head on the Hub, but a ValueHead was given."
+            )
+        if not isinstance(given, Mapping):
+            return {as_value_head(given, revision=self.revision, token=self.token): 1.0}  # type: ignore[arg-type]
+        if self.revision is not None or not given:
+            raise ValueError(
+                f"recontrol_value_head has {len(given)} heads and recontrol_revision is {self.revision!r}; pass one "
+                'head or more, and of several the revision of each as "id@revision".'
+            )
+        return _summed((as_value_head(head, token=self.token), weight) for head, weight in given.items())
+
+
+def _summed(pairs: Any) -> dict[ValueHead, float]:
+    heads: dict[ValueHead, float] = {}
+    for head, weight in pairs:  # two names may mean one head
+        heads[head] = heads[head] + weight if head in heads else weight
+    return heads
+
+
+def _known(values: Mapping[str, Any], known: list[str], where: str) -> dict[str, Any]:
+    """The values by their names without `recontrol_`; one that is not known is an error."""
+    names = ["recontrol_" + name for name in known]
+    for name in values:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} has no keyword {name!r}; the nearest is {nearest!r}. Ours: {', '.join(names)}.")
+    return {name.removeprefix("recontrol_"): value for name, value in values.items()}
+
+
+def said_by(config: Any, where: str) -> dict[str, Any]:
+    """What a generation config says of steering. It is data, maybe a stranger's: only what IN_A_CONFIG lists."""
+    attributes = getattr(config, "__dict__", {})
+    ours = {name: value for name, value in attributes.items() if name.startswith("recontrol_")}
+    return _known(ours, IN_A_CONFIG, f"The {where}")
+
+
+def _registered(named: Any, where: str) -> dict[ValueHead, float]:
+    """The heads that a config names; {} for False."""
+    if named is False:
+        return {}
+    weights = {named: 1.0} if isinstance(named, str) else named
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
+        raise ValueError(
+            f"The {where} has recontrol_value_head = {named!r}; it must be the name of a registered head, names with "
+            "their weights, or False. Use model.set_recontrol_defaults()."
         )
+    return _summed((registered_value_head(name, where), weight) for name, weight in weights.items())
 
 
-class _HeadCache:
-    """Heads already read, so that each generate() does not read again: one load each, also under threads.
+def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str, Any]) -> None:
+    """Register the heads, and write what is not None into the model's generation config in place of what was there."""
+    said = _known(
+        {f"recontrol_{name}": value for name, value in defaults.items()}, IN_A_CONFIG, "set_recontrol_defaults()"
+    )
+    said = {name: value for name, value in said.items() if value is not None}
+    if value_head is not None and value_head is not False:
+        weights = value_head if isinstance(value_head, Mapping) else {value_head: 1.0}
+        heads = [as_value_head(head) for head in weights]
+        keywords = RecontrolKeywords(dict(zip(heads, weights.values(), strict=True)), **said)
+        keywords.request(model, GenerationConfig())  # checks the lot
+        names = [_name(given, head) for given, head in zip(weights, heads, strict=True)]
+        register_value_heads(dict(zip(names, heads, strict=True)))
+        named = dict(zip(names, weights.values(), strict=True))
+        said["value_head"] = named if isinstance(value_head, Mapping) else names[0]
+    elif said:
+        ControlConfig(**{name: value for name, value in said.items() if name in CONTROL})
+    config = model.generation_config
+    for name in [name for name in vars(config) if name.startswith("recontrol_")]:
+        delattr(config, name)
+    for name, value in said.items():
+        setattr(config, f"recontrol_{name}", value)
+    config._from_model_config = False  # else save_pretrained takes it for a copy of the model's config, without ours
 
-    A folder is read again when its files change. A head on the Hub stays at the commit it was first resolved to.
-    """
 
-    def __init__(self, size: int = 16):
-        self._size = size
-        self._heads: OrderedDict[tuple[object, ...], ValueHead] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[object, ...], load: Callable[[], ValueHead]) -> ValueHead:
-        with self._lock:
-            if key not in self._heads:
-                self._heads[key] = load()
-            self._heads.move_to_end(key)
-            while len(self._heads) > self._size:
-                self._heads.popitem(last=False)
-            return self._heads[key]
-
-
-_HEADS = _HeadCache()
-
-
-def load_value_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> ValueHead:
-    """The head of that folder or Hub id, read once per process."""
-    files: tuple[object, ...] = ()
-    if (folder := Path(name_or_path).expanduser()).is_dir():
-        parts = [part for name in (CONFIG_NAME, WEIGHTS_NAME) if (part := folder / name).exists()]
-        files = tuple((part.stat().st_mtime_ns, part.stat().st_size, part.stat().st_ino) for part in parts)
-        name_or_path = str(folder.resolve())
-    load = functools.partial(ValueHead.from_pretrained, name_or_path, revision=revision, token=token)
-    return _HEADS.get((name_or_path, revision, token, files), load)
+def _name(given: Any, head: ValueHead) -> str:
+    if not isinstance(given, ValueHead):
+        return str(os.fspath(given))
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in head.state_dict().values()))
+    return f"{head.config.reward.name}-{digest.hexdigest()[:8]}"
 
 
 def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = False) -> None:
@@ -156,16 +242,3 @@ def _may_be_same(trained_on: str | None, name: str | None) -> bool:
     if trained_on.startswith("./") or name.startswith("./"):
         return trained_on.rpartition("/")[2] == name.rpartition("/")[2]
     return trained_on == name
-
-
-def refuse_unread_config(config: Any, model: PreTrainedModel, keywords: RecontrolKeywords) -> None:
-    """A generation config that names a head or a strength is data, maybe a stranger's: never obeyed, never ignored."""
-    if keywords.value_head is False:
-        return
-    for where, part in (("given", config), ("model's", model.generation_config)):
-        found = [name for name in getattr(part, "__dict__", {}) if name.startswith("recontrol_")]
-        if found:
-            raise ValueError(
-                f"The {where} generation config has {found[0]!r}. A config cannot choose what is loaded: pass it to "
-                "generate() as a keyword, or pass recontrol_value_head=False for plain text."
-            )

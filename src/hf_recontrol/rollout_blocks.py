@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .errors import CollectError
-from .generation import generate_with_hidden_states
+from .forwards import generate_with_hidden_states
 from .rewards import Rewards, Text
 
 

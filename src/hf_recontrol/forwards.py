@@ -1,0 +1,113 @@
+"""Forwards for measuring and training: what a model's hidden states were, and what logits come of edited ones."""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .control import Controller
+from .errors import SteeringNotApplied
+from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
+from .hooks import Call, HiddenStates, lm_head_owner, run_live
+from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
+
+
+@contextmanager
+def _enabled(model: PreTrainedModel) -> Iterator[None]:
+    """The model enabled for the time, and left as it was found."""
+    was_enabled = isinstance(model, RecontrolGenerationMixin)
+    enable_recontrol(model)
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            disable_recontrol(model)
+
+
+def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """generate(), and the hidden state that predicted each new token: s_t = h_t, the LM head's input before any edit.
+
+    Recorded while generating, at no cost in time. Greedy decoding and sampling only.
+
+    Args:
+        model: any transformers model with an LM head, enabled or not.
+        max_new_tokens: at most so many tokens are generated.
+        kwargs: generate()'s, the `recontrol_` ones too (s_t is recorded before the edit).
+
+    Returns:
+        The token ids as generate() returns them, int64 (rows, tokens), whose last n columns are the n new ones; and
+        (rows, n, hidden_size) in the model's dtype. After a row's EOS both hold padding.
+
+    Raises:
+        ValueError: a decoding mode in which a forward is not one token.
+        SteeringNotApplied: the model passed the hooks by.
+    """
+    for name, (plain, *others) in ONE_FORWARD_A_TOKEN.items():
+        if kwargs.setdefault(name, others[0] if others else plain) not in (plain, *others):
+            raise ValueError(
+                f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
+            )
+    recorder = HiddenStates(max_new_tokens)
+    with _enabled(model):
+        stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
+        sequences = steered_generate(stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder)
+    hidden_states = recorder.recorded()
+    if kwargs.get("input_ids") is not None and not model.config.is_encoder_decoder:
+        new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
+        if hidden_states.shape[:2] != (sequences.shape[0], new_tokens):
+            raise SteeringNotApplied(
+                f"{tuple(hidden_states.shape[:2])} hidden states were recorded for {tuple(sequences.shape[:1])} rows "
+                f"of {new_tokens} new tokens: this decoding mode does not make one token of each forward. Leave it out."
+            )
+    return sequences, hidden_states
+
+
+def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwargs: Any) -> Any:
+    """One forward pass with the control at every position that reaches the LM head.
+
+    Args:
+        model: any transformers model with an LM head, enabled or not.
+        controller: the control; None is a plain forward.
+        kwargs: the forward's.
+
+    Returns:
+        What the model's forward returns.
+    """
+    if controller is None:
+        return run_live(None, model, **kwargs)
+    with _enabled(model):
+        return run_live(call_for(model, controller), model, **kwargs)
+
+
+def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    """The logits that the model makes of these hidden states: its LM head, and what it does after it.
+
+    A forward of one token in which the LM head is given these states instead.
+
+    Args:
+        model: any transformers model with an LM head, enabled or not.
+        hidden_states: float (tokens, hidden_size), as generate_with_hidden_states or rollouts have them.
+
+    Returns:
+        (tokens, vocabulary), in the model's dtype.
+    """
+
+    def instead(own: Tensor) -> tuple[Tensor, Tensor]:
+        states = hidden_states.to(own).reshape(1, *[1] * (own.ndim - 3), *hidden_states.shape)
+        return states, torch.ones_like(states[..., :1], dtype=torch.bool)
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    inputs: dict[str, Any] = {"input_ids": ids} | (
+        {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    )
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    with _enabled(model):
+        outputs = run_live(Call(instead, owner=lm_head_owner(model)), model, **inputs)
+    logits: Tensor = outputs.logits
+    return logits.reshape(len(hidden_states), -1)

@@ -1,0 +1,112 @@
+"""Heads that this process has read: those it was told of by name, and those it fetched for a call."""
+
+import functools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from .head_config import shown
+from .head_format import CONFIG_NAME, WEIGHTS_NAME
+from .value_head import ValueHead
+
+_REGISTERED: dict[str, ValueHead] = {}
+
+
+def register_value_heads(
+    heads: "Mapping[str, str | os.PathLike[str] | ValueHead | None]", *, token: str | None = None
+) -> None:
+    """Give heads names by which a generation config may ask for them. Reads each one now, from the Hub too.
+
+    A generation config is data: it comes with a model, or with a request to a server. What it names is looked up here
+    and nowhere else, so data never decides what is loaded.
+
+    Args:
+        heads: name → a folder, an id on the Hub, "id@revision", or a ValueHead; None takes the name off the list. A
+            name that is there is replaced; a head on the Hub stays at the commit it has now.
+        token: access token for heads on the Hub; the stored one where None.
+
+    Raises:
+        ValueError, TypeError: a name that is no text of 1 to 512 printable characters, or a head that is none.
+        HeadError, HeadUnavailable: a head cannot be read or fetched. Nothing is registered then.
+    """
+    for name in heads:
+        if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
+            raise ValueError(f"A head's name is {shown(name)}; it must be a text of 1 to 512 printable characters.")
+    loaded = {name: head if head is None else as_value_head(head, token=token) for name, head in heads.items()}
+    for name, head in loaded.items():
+        _REGISTERED.pop(name, None)
+        if head is not None:
+            _REGISTERED[name] = head
+
+
+def registered_value_head(name: str, where: str) -> ValueHead:
+    """The head of that name.
+
+    Raises:
+        ValueError: it is not registered; says how to register it.
+    """
+    if name not in _REGISTERED:
+        known = ", ".join(map(shown, _REGISTERED)) or "none"
+        raise ValueError(
+            f"The {where} names the value head {shown(name)}, which is not registered in this process "
+            f"(registered: {known}). A config never decides what is loaded. If you trust that head, "
+            f"register_value_heads({{{shown(name)}: …}}) or model.set_recontrol_defaults(value_head=…); for plain text "
+            "pass recontrol_value_head=False."
+        )
+    return _REGISTERED[name]
+
+
+def as_value_head(
+    head: "str | os.PathLike[str] | ValueHead", *, revision: str | None = None, token: str | None = None
+) -> ValueHead:
+    """A head as given, or read from the folder or Hub id that was given.
+
+    Raises:
+        TypeError: it is neither.
+        HeadError, HeadUnavailable: as ValueHead.from_pretrained.
+    """
+    if isinstance(head, ValueHead):
+        return head
+    if isinstance(head, str | os.PathLike):
+        return load_value_head(os.fspath(head), revision, token)
+    raise TypeError(
+        f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead, a dict "
+        "of these with their weights, or False."
+    )
+
+
+class _HeadCache:
+    """Heads already read, so that each generate() does not read again: one load each, also under threads.
+
+    A folder is read again when its files change. A head on the Hub stays at the commit it was first resolved to.
+    """
+
+    def __init__(self, size: int = 16):
+        self._size = size
+        self._heads: OrderedDict[tuple[object, ...], ValueHead] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[object, ...], load: Callable[[], ValueHead]) -> ValueHead:
+        with self._lock:
+            if key not in self._heads:
+                self._heads[key] = load()
+            self._heads.move_to_end(key)
+            while len(self._heads) > self._size:
+                self._heads.popitem(last=False)
+            return self._heads[key]
+
+
+_HEADS = _HeadCache()
+
+
+def load_value_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> ValueHead:
+    """The head of that folder or Hub id, read once per process."""
+    files: tuple[object, ...] = ()
+    if (folder := Path(name_or_path).expanduser()).is_dir():
+        parts = [part for name in (CONFIG_NAME, WEIGHTS_NAME) if (part := folder / name).exists()]
+        files = tuple((part.stat().st_mtime_ns, part.stat().st_size, part.stat().st_ino) for part in parts)
+        name_or_path = str(folder.resolve())
+    load = functools.partial(ValueHead.from_pretrained, name_or_path, revision=revision, token=token)
+    return _HEADS.get((name_or_path, revision, token, files), load)

@@ -1,0 +1,162 @@
+"""One steered generate(): from its keywords and configs to a live call, and from its output to a trace."""
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .control import Controller
+from .errors import SteeringNotApplied
+from .hooks import Call, Recorder, install, live_call, lm_head_owner, run_live
+from .keywords import RecontrolKeywords, said_by
+from .trace import Trace, TraceRecorder
+
+ONE_FORWARD_A_TOKEN: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "prefill_chunk_size": (None,),
+    "guidance_scale": (None, 1),
+}
+"""Settings of generate() and their values under which each forward makes one token of each row."""
+
+
+def steered_generate(
+    stock: Callable[..., Any],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: Recorder | None = None,
+) -> Any:
+    """`stock(*args, **kwargs)`, a generate(), with the control that the keywords and configs ask for."""
+    keywords = RecontrolKeywords.pop(kwargs)
+    configs = _configs(model, args, kwargs)
+    request = keywords.request(model, configs[0])
+    call, tracer = None, None
+    if request.trace and request.controller is not None:
+        _check_traceable(kwargs, configs, recorder)
+        tracer = recorder = TraceRecorder(request.controller)
+    if request.controller is not None or recorder is not None:
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
+        install(model)
+        call = call_for(model, request.controller, recorder)
+    result = run_live(call, stock, *args, **kwargs)
+    _warn_of_unsound(call)
+    if tracer is not None:
+        result.recontrol_trace = _trace(tracer, result.sequences, kwargs, configs)
+    return result
+
+
+def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`stock(*args, **kwargs)`, a generate_batch(), under one control for all its requests.
+
+    Its forwards run in a thread of its own, where `steered_manager` makes the control live.
+    """
+    keywords = RecontrolKeywords.pop(kwargs)
+    configs = _configs(model, args, kwargs)
+    request = keywords.request(model, configs[0])
+    if request.trace:
+        raise ValueError("recontrol_trace is for greedy decoding and sampling with generate(), not generate_batch().")
+    config = copy.deepcopy(configs[0] or configs[1])  # has been read: the manager refuses what it would not read
+    for name in [name for name in vars(config) if name.startswith("recontrol_")]:
+        delattr(config, name)
+    args = args[:1]
+    kwargs = {**kwargs, "generation_config": config}
+    if request.controller is None:
+        return run_live(None, stock, *args, **kwargs)
+    if kwargs.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise ValueError(
+            "A persistent manager of continuous batching cannot be steered: it would outlive this call. Leave "
+            "persistent_manager out, and call model.destroy_cached_continuous_batching_manager() if there is one."
+        )
+    install(model)
+    call = call_for(model, request.controller)
+    result = run_live(call, stock, *args, **kwargs)
+    _warn_of_unsound(call)
+    return result
+
+
+def steered_manager(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`stock(*args, **kwargs)`, an init_continuous_batching(); its thread gets the control that is live in this one."""
+    call = live_call()
+    config = args[0] if args else kwargs.get("generation_config")
+    if call is None and said_by(config or model.generation_config, "generation config").get("value_head"):
+        raise ValueError(
+            "A manager of continuous batching is not steered by its generation config. Use generate_batch(), or take "
+            "recontrol_value_head out of the config."
+        )
+    manager = stock(*args, **kwargs)
+    if call is not None:
+        manager._run_generation_loop = functools.partial(_run_steered, call, manager._run_generation_loop)
+    return manager
+
+
+def _run_steered(call: Call, loop: Callable[[], None]) -> None:
+    with contextlib.suppress(SteeringNotApplied):  # generate_batch raises it, in the caller's thread
+        run_live(call, loop)
+
+
+def call_for(model: PreTrainedModel, controller: Controller | None, recorder: Recorder | None = None) -> Call:
+    """The call that applies `controller` and `recorder` to the model's forwards."""
+    owner = lm_head_owner(model)
+    if controller is None or controller.is_identity:  # no step: nothing to merge
+        return Call(None if controller is None else controller.edit, recorder, owner)
+    return Call(controller.edit, recorder, owner, controller.max_kl)
+
+
+def check_forward() -> None:
+    """After each forward of a generate(), before its token is chosen: raise unless it was steered as asked for."""
+    call = live_call()
+    if call is not None:
+        call.check()
+
+
+def _warn_of_unsound(call: Call | None) -> None:
+    if call is not None and call.unsound is not None and int(call.unsound):
+        warnings.warn(
+            f"{int(call.unsound)} hidden states were not finite, or would not have been after the edit, and were left "
+            "unedited; those tokens are unguided. Is the model's dtype too narrow, or the step size huge?",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _configs(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The generation config of the call, which may be None, and the model's."""
+    return kwargs.get("generation_config", args[1] if len(args) > 1 else None), model.generation_config
+
+
+def _setting(name: str, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> Any:
+    """What generate() will take for `name`: the call's keyword, else the given config's, else the model's."""
+    said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in said if value is not None), None)
+
+
+def _check_traceable(kwargs: Mapping[str, Any], configs: tuple[Any, Any], recorder: Recorder | None) -> None:
+    if recorder is not None:
+        raise ValueError("recontrol_trace is for generate(); hidden states and a trace are not recorded at once.")
+    for name, plain in ONE_FORWARD_A_TOKEN.items():
+        if (value := _setting(name, kwargs, configs)) not in plain:
+            raise ValueError(f"recontrol_trace is for greedy decoding and sampling, not for {name}={value!r}.")
+    if not _setting("return_dict_in_generate", kwargs, configs):
+        raise ValueError("recontrol_trace is part of the output with return_dict_in_generate=True; pass that too.")
+
+
+def _trace(tracer: TraceRecorder, sequences: Tensor, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> Trace:
+    token_ids = sequences[:, sequences.shape[1] - tracer.steps :].cpu()
+    eos = _setting("eos_token_id", kwargs, configs)
+    ends = [int(token) for token in torch.as_tensor([] if eos is None else eos).flatten()]
+    pad = _setting("pad_token_id", kwargs, configs)
+    pad = next(iter(ends), -1) if pad is None else int(pad)  # generate() too takes the first EOS
+    padding = (token_ids != pad).flip(-1).cumsum(-1).eq(0).sum(-1)  # at the end of each row
+    if pad in ends:
+        padding = (padding - 1).clamp(min=0)  # the first of them is the row's EOS
+    return tracer.trace(token_ids, token_ids.shape[1] - padding)

@@ -1,0 +1,106 @@
+"""What happened to each token of a steered answer: its value, the control, and what the control cost in KL."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .control import Controller
+from .errors import SteeringNotApplied
+from .hooks import Recorder
+from .kl_bound import kl_divergence
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`generate(..., recontrol_trace=True, return_dict_in_generate=True).recontrol_trace`.
+
+    Every tensor is (rows, tokens), on the CPU, for the new tokens only. After a row's end token_ids hold padding,
+    `sound` is True, and the rest NaN.
+    """
+
+    token_ids: Tensor
+    """int64: y_t, the tokens that were chosen."""
+    values: Tensor
+    """float32: V(h_t) before the control, in raw units of the reward (of several heads: their weighted sum)."""
+    steered_values: Tensor
+    """float32: V(h_t + u_t), in the same units."""
+    control_norms: Tensor
+    """float32: ‖u_t‖, in units of the hidden state."""
+    kl: Tensor
+    """float32: KL(p ‖ p_base) of the token's distribution in nats, after max_kl, before temperature and the like."""
+    scale: Tensor
+    """float32: the share of the control that max_kl left, in logits: 1 is all, below 1 the token is at the cap."""
+    sound: Tensor
+    """bool: False where the hidden state or the edit was not finite, so that the token is unguided."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 (rows,): tokens of each row, its EOS among them."""
+        return (~self.values.isnan()).sum(-1)
+
+    @property
+    def capped(self) -> Tensor:
+        """bool (rows, tokens): whether max_kl held the token back."""
+        return self.scale < 1
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class TraceRecorder(Recorder):
+    """Collects a Trace: the hooks write one token's figures into a tensor made once, step() puts a copy aside."""
+
+    wants_logits = True
+
+    def __init__(self, controller: Controller):
+        self._controller = controller
+        self._token: Tensor | None = None  # (figures, rows): values, steered values, ‖u‖, KL, scale, sound
+        self._tokens: list[Tensor] = []
+
+    @property
+    def steps(self) -> int:
+        """Forwards so far."""
+        return len(self._tokens)
+
+    def at_head(self, hidden_states: Tensor, edited: Tensor, sound: Tensor | None) -> None:
+        before, after = hidden_states[..., -1, :].detach(), edited[..., -1, :].detach()
+        if self._token is None:
+            self._token = torch.ones(6, *before.shape[:-1], dtype=torch.float32, device=before.device)
+        self._token[0].copy_(self._controller.values(before))
+        self._token[1].copy_(self._controller.values(after))
+        self._token[2].copy_((after.float() - before.float()).norm(dim=-1))
+        self._token[3].zero_()
+        if sound is not None:
+            self._token[5].copy_(sound[..., -1, 0])
+
+    def after_forward(self, base: Tensor, logits: Tensor, scale: Tensor | None) -> None:
+        assert self._token is not None  # at_head came first
+        self._token[3].copy_(kl_divergence(logits[..., -1, :], base[..., -1, :]))
+        if scale is not None:
+            self._token[4].copy_(scale[..., -1, 0])
+
+    def step(self) -> None:
+        if self._token is not None:
+            self._tokens.append(self._token.cpu() if self._token.device.type != "cpu" else self._token.clone())
+
+    def trace(self, token_ids: Tensor, lengths: Tensor) -> Trace:
+        """What was collected.
+
+        Args:
+            token_ids: int64 (rows, tokens), the new tokens.
+            lengths: int64 (rows,), tokens before each row's end.
+
+        Raises:
+            SteeringNotApplied: the forwards were not one for each token.
+        """
+        figures = torch.stack(self._tokens, dim=-1) if self._tokens else torch.ones(6, len(token_ids), 0)
+        if figures.shape[1:] != token_ids.shape:
+            raise SteeringNotApplied(
+                f"{tuple(figures.shape[1:])} forwards were traced for {tuple(token_ids.shape)} new tokens: this "
+                "decoding mode does not make one token of each forward. Leave recontrol_trace out."
+            )
+        ended = torch.arange(token_ids.shape[1]) >= lengths.cpu()[:, None]
+        sound = (figures[5] * figures[4] > 0) | ended  # a scale of 0: the edit overflowed in the logits
+        values, steered, norms, kl, scale = figures[:5].masked_fill(ended, torch.nan)
+        return Trace(token_ids.cpu(), values, steered, norms, kl, scale, sound)
