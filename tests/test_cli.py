@@ -21,7 +21,7 @@ def run(*arguments, timeout=300):
 def test_help_names_the_commands():
     process = run("--help")
     assert process.returncode == 0
-    assert all(name in process.stdout for name in ("demo", "generate", "info"))
+    assert all(name in process.stdout for name in ("demo", "generate", "info", "tune"))
 
 
 def test_info_is_the_heads_config():
@@ -46,6 +46,28 @@ def test_generate_steers_and_says_nothing_else():
     assert texts["plain"] != texts["steered"]
 
 
+def test_a_trace_shows_what_the_control_did_in_plain_text_without_a_terminal():
+    steer = ("--value-head", str(FOLDER / "value_head"), "--strength", "0.2", "--trace")
+    process = run("generate", MODEL, "the film is a", "--max-new-tokens", "6", "--temperature", "0", *steer)
+    assert process.returncode == 0, process.stderr
+    assert "nats" in process.stdout
+    assert "\x1b" not in process.stdout
+
+
+def test_any_head_can_be_calibrated_from_prompts(tmp_path):
+    head = tiny_head(hidden_size=256, base_model_name_or_path="./language_model", base_model_type="llama")
+    head.save_pretrained(tmp_path / "head")
+    (tmp_path / "prompts.txt").write_text("the film is\n\na story of love\n", encoding="utf-8")
+    source = ("--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "20")
+    process = run("tune", str(tmp_path / "head"), "--model", MODEL, "--calibrate", *source)
+    assert process.returncode == 0, process.stderr
+    control = json.loads((tmp_path / "head" / "config.json").read_text(encoding="utf-8"))["control"]
+    assert [kl for kl, _ in control["calibration"]] == [0.02, 0.05, 0.1, 0.2, 0.4]
+    assert all(f"{step_size:.4g}" in process.stdout for _, step_size in control["calibration"])
+    steered = run("generate", MODEL, "the film", "--value-head", str(tmp_path / "head"), "--strength", "0.3")
+    assert steered.returncode == 0, steered.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -53,6 +75,10 @@ def test_generate_steers_and_says_nothing_else():
         (("generate", MODEL, "the film", "--step-size", "1"), "no recontrol_value_head"),
         (("generate", MODEL, "the film", "--value-head", "OTHER"), "8 wide"),
         (("generate", MODEL, "the film", "--value-head", "HEAD", "--num-steps", "2000"), "0 to 1024"),
+        (("generate", MODEL, "the film", "--value-head", "HEAD", "--strength", "9"), "calibrated up to 0.4"),
+        (("tune", "HEAD", "--model", MODEL), "pass --calibrate"),
+        (("tune", "HEAD", "--model", MODEL, "--calibrate"), "one of --rollouts FOLDER and --prompts FILE"),
+        (("tune", "user/head", "--model", MODEL, "--calibrate", "--rollouts", "HEAD"), "pass --output"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(tmp_path, arguments, words):

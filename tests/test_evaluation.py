@@ -12,6 +12,7 @@ from hf_recontrol.control import ControlConfig, Controller
 from hf_recontrol.evaluation import (
     best_of_n,
     best_of_n_kl_bound,
+    crossed_bootstrap,
     distinct_n,
     diversity,
     evaluate_answers,
@@ -422,3 +423,31 @@ def test_a_model_without_its_tokenizer_is_refused(model):
 def test_a_bootstrap_without_sense_is_refused(wrong):
     with pytest.raises(ValueError, match="0 < confidence < 1"):
         paired_bootstrap([1.0, 2.0], [2.0, 3.0], **wrong)
+
+
+def test_a_spread_between_runs_widens_the_interval_that_one_between_prompts_leaves_narrow():
+    generator = torch.Generator().manual_seed(0)
+    prompts_alone = 1 + torch.randn(1, 100, generator=generator).expand(3, -1)
+    gain = crossed_bootstrap(prompts_alone)
+    pooled = paired_bootstrap(torch.zeros(100), prompts_alone[0])
+    assert (gain.mean, gain.n) == (pytest.approx(pooled.mean), 100)
+    assert (gain.low, gain.high) == (pytest.approx(pooled.low, abs=0.02), pytest.approx(pooled.high, abs=0.02))
+    with_runs = crossed_bootstrap(prompts_alone + torch.tensor([[-1.0], [0.0], [1.0]]))
+    assert with_runs.high - with_runs.low > 2 * (gain.high - gain.low)
+    assert with_runs == crossed_bootstrap(prompts_alone + torch.tensor([[-1.0], [0.0], [1.0]]))
+
+
+def test_the_crossed_interval_covers_the_truth_about_as_often_as_it_says():
+    """Ten runs, thirty prompts: run, prompt and residual effects. With as few runs it is a little too narrow."""
+    generator, covered = torch.Generator().manual_seed(0), 0
+    for trial in range(100):
+        runs, prompts, rest = (torch.randn(shape, generator=generator) for shape in ((10, 1), (1, 30), (10, 30)))
+        gain = crossed_bootstrap(runs + prompts + rest, resamples=300, seed=trial)
+        covered += gain.low <= 0 <= gain.high
+    assert 84 <= covered <= 100
+
+
+@pytest.mark.parametrize("gains", [[1.0, 2.0], [[1.0], [2.0]], torch.zeros(0, 3), [[1.0, math.nan]]])
+def test_gains_that_are_not_runs_by_prompts_are_refused(gains):
+    with pytest.raises(ValueError, match=r"\(runs, prompts\)"):
+        crossed_bootstrap(gains)

@@ -205,7 +205,6 @@ def test_the_legend_of_kl_begins_at_zero():
 
 @pytest.mark.parametrize("value", [0.0, 2.0, 0.1, 1e30])
 def test_equal_values_are_all_white(value):
-    # 0.1: the mean of seven is not 0.1 in floating point
     assert backgrounds(show(make_trace([value] * 7))) == [WHITE] * 7
 
 
@@ -223,11 +222,11 @@ def test_a_number_that_is_not_finite_is_grey_and_leaves_the_scale_alone(bad):
 
 
 def test_a_terminal_gets_the_notebooks_colours(monkeypatch):
-    shown = show(make_trace([-1.0, 1.0, 3.0]), tiny_tokenizer())
+    shown = show(make_trace([-1.0, 1.0, 3.0], capped=[(0, 1)], unedited=[(0, 2)]), tiny_tokenizer())
     line = printed(shown, monkeypatch, terminal=True).splitlines()[2]
     colours = re.findall(r"\x1b\[38;2;0;0;0;48;2;(\d+);(\d+);(\d+)m[^\x1b]*\x1b\[0m", line)
     assert ["#{:02x}{:02x}{:02x}".format(*map(int, colour)) for colour in colours] == backgrounds(shown)
-    assert SGR.sub("", line) == "w3 w4 w5"
+    assert SGR.sub("", line) == "w3 w4▲ w5✗"
 
 
 def test_a_file_gets_plain_text_that_says_as_much(monkeypatch):
@@ -369,6 +368,7 @@ def figure_rows():
 
 @pytest.mark.parametrize("make", [lambda rows: trace_figure(make_trace([1.0])), overoptimization_figure])
 def test_without_matplotlib_the_pip_command_is_given(make, figure_rows, monkeypatch):
+    pytest.importorskip("matplotlib.figure")  # loaded before or not, it is looked for
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=re.escape('pip install "hf-recontrol[plots]"')):
         make(figure_rows)
@@ -452,6 +452,12 @@ def test_each_panel_draws_its_figure_against_kl_in_order(figure_rows):
         assert axis.get_xscale() == "log"
         assert axis.get_xlabel() == "KL per answer (nats)"
         assert unit in axis.get_ylabel()
+    assert [axis.get_yscale() for axis in (judge, reward, perplexity, distinct)] == [
+        "linear",
+        "linear",
+        "log",
+        "linear",
+    ]
 
 
 def test_intervals_are_bands_about_lines_and_bars_about_points(figure_rows):
@@ -494,7 +500,8 @@ def test_one_legend_outside_the_panels_names_each_method_once(figure_rows):
     assert drawn_inside(figure)
     (legend,) = figure.legends
     bounds = ["best-of-4 (KL is an upper bound)", "best-of-n (KL is an upper bound)"]
-    assert legend_texts(legend) == ["MLP head", "linear head", *bounds, "collapse limit"]
+    limits = "collapse: perplexity 1.5 × base, distinct-3 0.9"
+    assert legend_texts(legend) == ["MLP head", "linear head", *bounds, limits]
     box = legend.get_window_extent()
     for axis in figure.axes:
         assert axis.get_legend() is None

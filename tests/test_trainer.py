@@ -1,5 +1,6 @@
 """RecontrolTrainer on rollouts whose true V is known: a random walk, which ends, on average, where it is."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -7,11 +8,15 @@ import shutil
 import pytest
 import torch
 from hub_server import TOKEN
+from tiny import tiny_model
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser
 
 import hf_recontrol.trainer as trainer_module
 import hf_recontrol.training_args as args_module
+from hf_recontrol.calibration import calibrate, mean_kl, sample_states
+from hf_recontrol.control import Controller
+from hf_recontrol.control_config import ControlConfig
 from hf_recontrol.errors import HeadError, HeadMismatch, HeadUnavailable
 from hf_recontrol.fitting import fit_linear_head, pack_answers
 from hf_recontrol.head_config import ValueHeadConfig
@@ -239,6 +244,37 @@ def test_a_head_that_is_not_finite_is_never_saved(tmp_path, rollouts):
     with pytest.raises(HeadError):
         trainer.save_model()
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_a_base_model_calibrates_the_final_head_on_held_out_states(tmp_path, rollouts):
+    base_model = tiny_model(hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1)
+    train, held_out = rollouts
+    trainer = RecontrolTrainer(
+        new_head(), arguments(tmp_path, **QUICK), train_dataset=train, eval_dataset=held_out, base_model=base_model
+    )
+    trainer.train()
+    control = trainer.model.config.control
+    assert control.strength == 0.1
+    twin = copy.deepcopy(trainer.model)
+    calibrate(twin, base_model, sample_states(held_out, seed=trainer.args.seed))
+    assert twin.config.control == control
+    controller = Controller(trainer.model, ControlConfig(step_size=control.calibration[2][1]))
+    assert mean_kl(controller, base_model, sample_states(held_out, seed=1), 0.4) == pytest.approx(0.1, rel=0.05)
+    trainer.save_model()
+    assert ValueHead.from_pretrained(tmp_path).config.control == control
+
+    # weights that are trained on have no calibration: it was another head's
+    again = RecontrolTrainer(trainer.model, arguments(tmp_path, max_steps=1), train_dataset=train)
+    again.train()
+    assert again.model.config.control.calibration == []
+    assert again.model.config.control.strength is None
+
+
+def test_a_base_model_that_does_not_fit_is_refused_before_training(tmp_path, rollouts):
+    with pytest.raises(HeadMismatch, match=r"4 wide .* are 16 wide"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=rollouts[0], base_model=tiny_model())
+    with pytest.raises(TypeError, match="base_model is a str"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=rollouts[0], base_model="org/base")
 
 
 def test_equal_rewards_warn_and_still_give_a_head(tmp_path):

@@ -1,4 +1,4 @@
-"""Make the demo's heads: prompts, rollouts, a linear and an MLP value head, a placebo, and a strength for each.
+"""Make the demo's heads: prompts, rollouts, a linear and an MLP value head, a placebo, each calibrated.
 
     python examples/demo/value_heads.py FOLDER_OF_TEXTS --output src/hf_recontrol/demo
 
@@ -46,7 +46,6 @@ def main() -> None:
         prompts=args.prompts,
         answers=args.answers,
         rollouts_dir=args.rollouts,
-        echo=print,
     )
     for name, head in heads.items():
         print(name, json.dumps(head.config.info, indent=1))

@@ -1,5 +1,6 @@
 """RE-Control for transformers: a value head steers generate() at decoding time (arXiv:2406.05954)."""
 
+from .calibration import calibrate, sample_states
 from .control import Controller
 from .control_config import ControlConfig
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
@@ -33,9 +34,11 @@ __all__ = [
     "Trace",
     "ValueHead",
     "ValueHeadConfig",
+    "calibrate",
     "collect_rollouts",
     "disable_recontrol",
     "enable_recontrol",
     "fit_linear_head",
     "register_value_heads",
+    "sample_states",
 ]

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,10 @@ StepSize = Annotated[float | None, typer.Option(help="α, the size of a step; th
 NumSteps = Annotated[
     int | None, typer.Option(help="n, the steps at each token, 0 to 1024; the head's where not given.")
 ]
+Strength = Annotated[
+    float | None, typer.Option(help="Mean KL per token to spend, in nats; picks α from the head's calibration.")
+]
+MaxKL = Annotated[float | None, typer.Option(help="No token's KL above it, in nats; 4 × the strength where not given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
 
 
@@ -54,7 +58,7 @@ def demo(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = output or Path(scratch)
-        make_heads(Demo(), folder, prompts=3000, answers=4, validation_answers=2, echo=typer.echo)
+        make_heads(Demo(), folder, prompts=3000, answers=4)
         show(Demo(heads_folder=folder), prompts, typer.echo)
 
 
@@ -63,30 +67,103 @@ def generate(
     model: Annotated[str, typer.Argument(help="A language model: an id on the Hub or a folder.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     value_head: Annotated[str | None, typer.Option(help="A value head: an id on the Hub or a folder.")] = None,
+    strength: Strength = None,
+    max_kl: MaxKL = None,
     step_size: StepSize = None,
     num_steps: NumSteps = None,
     revision: Revision = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="Show each token's value, and what the control did.")] = False,
 ) -> None:
     """Go on from PROMPT with MODEL, steered by a value head. Without one, the plain text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
+
+    keywords: dict[str, object] = {"value_head": value_head, "strength": strength, "max_kl": max_kl}
+    keywords |= {"step_size": step_size, "num_steps": num_steps, "revision": revision, "trace": trace or None}
+    given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    language_model, tokenizer = _model_and_tokenizer(model)
+    inputs = tokenizer(prompt, return_tensors="pt").to(language_model.device)
+    set_seed(seed)
+    sampling |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    output = language_model.generate(**inputs, **sampling, **given)
+    if trace:
+        from .plots import show
+
+        typer.echo(f"{prompt} …")
+        typer.echo(str(show(output.recontrol_trace, tokenizer)))
+    else:
+        typer.echo(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+
+
+@app.command()
+def tune(
+    head: Annotated[str, typer.Argument(help="A value head: a folder or an id on the Hub.")],
+    model: Annotated[str, typer.Option(help="Its base model: an id on the Hub or a folder.")],
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Find the step sizes for 0.02 to 0.4 nats a token.")
+    ] = False,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="A folder of the model's rollouts, to take states from.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Or a text file, a prompt a line, for the model to answer.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompts: tokens to write, at most.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="Where the head is saved; HEAD where not given.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Calibrate HEAD for its model, so that a strength in nats a token picks its step size."""
+    from .calibration import calibrate as calibrate_head
+    from .calibration import sample_states
+    from .rollout_store import RolloutDataset
+    from .value_head import ValueHead
+
+    if not calibrate:
+        raise ValueError("There is nothing to do: pass --calibrate.")
+    if (rollouts is None) == (prompts is None):
+        raise ValueError("Pass the hidden states' source: one of --rollouts FOLDER and --prompts FILE.")
+    if output is None and not Path(head).is_dir():
+        raise ValueError(f"{head!r} is not a folder, so the calibrated head has no place: pass --output FOLDER.")
+    value_head = ValueHead.from_pretrained(head, revision=revision)
+    dataset = RolloutDataset(rollouts) if rollouts is not None else None
+    language_model, tokenizer = _model_and_tokenizer(model)
+    if prompts is not None:
+        dataset = _answers_to(prompts, language_model, tokenizer, max_new_tokens)
+    states = sample_states(dataset)
+    calibrate_head(value_head, language_model, states)
+    value_head.save_pretrained(output or head)
+    typer.echo(f"On {len(states)} states, at n = {value_head.config.control.num_steps}:")
+    for kl, step_size in value_head.config.control.calibration:
+        typer.echo(f"{kl:8g} nats a token: step size {step_size:.4g}")
+    typer.echo(
+        f"Saved in {output or head}. Its strength is {value_head.config.control.strength:g} unless told otherwise."
+    )
+
+
+def _answers_to(prompts: Path, model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    """One sampled answer of the model, with its states, to each line of a file."""
+    from .rollouts import collect_rollouts
+
+    def nothing(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with tempfile.TemporaryDirectory() as folder:
+        rollouts = collect_rollouts(model, tokenizer, texts, nothing, folder, max_new_tokens=max_new_tokens)
+        return [rollouts[i] for i in range(len(rollouts))]
+
+
+def _model_and_tokenizer(model: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from .generation import enable_recontrol
 
     logging.disable_progress_bar()
-
-    keywords = {"value_head": value_head, "step_size": step_size, "num_steps": num_steps, "revision": revision}
-    given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    language_model = enable_recontrol(AutoModelForCausalLM.from_pretrained(model))
-    inputs = tokenizer(prompt, return_tensors="pt").to(language_model.device)
-    set_seed(seed)
-    output = language_model.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, **given)
-    typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+    return enable_recontrol(AutoModelForCausalLM.from_pretrained(model)), AutoTokenizer.from_pretrained(model)
 
 
 @app.command()

@@ -111,7 +111,7 @@ def step_size_for(strength: float, control: ControlDefaults, num_steps: int) -> 
 
     Linear in log KL and log α between the table's entries. Below the first, α grows with the root of the KL, as it does
     for every small shift. With another number of steps than the head's, n · α is kept: the ascent follows the same
-    path, in finer or coarser steps.
+    path, in finer or coarser steps. Very coarse ones leave it: at n = 1 the KL may be a quarter off.
 
     Raises:
         ValueError: the head is not calibrated, or not so far.

@@ -197,6 +197,8 @@ class HeadFiles(nn.Module):
                 head=f"{config.hidden_size} inputs, " + (layers if config.num_hidden_layers else "linear"),
                 step_size=config.control.step_size,
                 num_steps=config.control.num_steps,
+                strength=config.control.strength,
+                calibration=config.control.calibration,
                 info=config.info,
             )
         )

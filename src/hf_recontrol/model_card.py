@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class CardFacts:
     """α that the head is used with unless told otherwise."""
     num_steps: int | None = None
     """n that the head is used with unless told otherwise."""
+    strength: float | None = None
+    """Mean KL per token, in nats, that the head is used with unless told otherwise; α belongs to it."""
+    calibration: Sequence[Sequence[float]] = ()
+    """Pairs (mean KL per token in nats, the α that gives it at n steps)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, evaluation (figures by name, `name_interval`, `answers`, `seed`), data,
     license, language."""
@@ -81,6 +85,9 @@ def card(facts: CardFacts) -> str:
         head_literal=json.dumps(facts.repo_id or "path/to/this/folder"),
         reward=code(facts.reward),
         control=_control(facts),
+        keyword="recontrol_step_size" if facts.strength is None else "recontrol_strength",
+        calibration=[(f"{kl:g}", f"{step_size:.4g}") for kl, step_size in facts.calibration],
+        calibration_states=_number(_mapping(facts.info, "calibration").get("states")),
         training=list(_training(facts)),
         evaluation=shown_results,
         evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
@@ -131,7 +138,8 @@ def _arguments(base_model: str, revision: str | None) -> str:
 def _control(facts: CardFacts) -> str | None:
     if facts.step_size is None or facts.num_steps is None:
         return None
-    return f"α = {facts.step_size:g} and n = {facts.num_steps} steps at each token"
+    steps = f"α = {facts.step_size:.4g} and n = {facts.num_steps} steps at each token"
+    return steps if facts.strength is None else f"a strength of {facts.strength:g} nats a token ({steps})"
 
 
 def _training(facts: CardFacts) -> Iterator[str]:

@@ -77,8 +77,7 @@ class ShownTrace:
         signs = ", ".join(f'<span style="{CSS[sign]}">{meaning}</span>' for sign, meaning in SIGNS.items())
         parts = [f"<div>{self.title}: {scale}; {signs}</div>"]
         for summary, tokens in self.rows:
-            text = "".join(token.html() for token in tokens)
-            parts.append(f'<div style="margin-top:0.6em">{summary}</div><div>{text}</div>')
+            parts.append(f'<div style="margin-top:0.6em">{summary}</div><div>{"".join(map(_Token.html, tokens))}</div>')
         # the classes keep MathJax, which a notebook runs over every output, from typesetting a token like $x$
         style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
         return f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{"".join(parts)}</div>'
@@ -106,15 +105,14 @@ def _scale(trace: Trace, by: str) -> tuple[list[float], Paint]:
     numbers = [number for number in getattr(trace, by).flatten().tolist() if math.isfinite(number)] or [0.0]
     around_mean = by in ("values", "steered_values")
     centre = math.fsum(numbers) / len(numbers) if around_mean else 0.0
-    # equal values can differ from their mean by rounding, which must not be painted as a difference
-    reach = max(abs(n - centre) for n in numbers) if len(set(numbers)) > 1 or not around_mean else 0.0
+    reach = max(abs(number - centre) for number in numbers)  # 0 for equal values: float64 sums float32 ones exactly
 
     def colour(number: float) -> Colour:
         if not math.isfinite(number):
             return GREY
         share = (number - centre) / reach if reach else 0.0
         full = PURPLE if not around_mean else ORANGE if share > 0 else BLUE
-        return tuple(round(255 - (255 - part) * min(abs(share), 1.0)) for part in full)
+        return tuple(round(255 - (255 - part) * abs(share)) for part in full)
 
     return [centre + step * reach for step in ((-1, 0, 1) if around_mean else (0, 1))], colour
 
@@ -204,7 +202,7 @@ def overoptimization_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Gains, perplexity and distinct-3 against KL: how far each method raises the reward before the texts collapse.
 
     A method is a line through its rows in order of KL, with the gains' intervals as a band. One whose name begins with
-    "best-of" is drawn as points, since only an upper bound of its KL is known. Dashed: the limits of COLLAPSE.
+    "best-of" is drawn as points, since only an upper bound of its KL is known. Dashed: the texts collapse.
 
     Args:
         rows: one or more, each {"method": its name, "kl_per_answer": nats, above 0 as the axis is logarithmic, "judge"
@@ -219,9 +217,11 @@ def overoptimization_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         for method, colour, marker in zip(methods, cycle(LINES), cycle("osDvP"), strict=False):
             _draw(axis, name, method, [row for row in rows if row["method"] == method], colour, marker)
         if name in COLLAPSE:
-            axis.axhline(COLLAPSE[name], color="grey", linestyle="--", label="collapse limit")
+            limits = "collapse: perplexity {perplexity_ratio} × base, distinct-3 {distinct_3}".format(**COLLAPSE)
+            axis.axhline(COLLAPSE[name], color="grey", linestyle="--", label=limits)
         axis.set(xscale="log", xlabel="KL per answer (nats)", ylabel=label)
-    # perplexity's panel has all that the others have, and the limit
+        axis.set_yscale("log" if name == "perplexity_ratio" else "linear")  # it grows without bound
+    # perplexity's panel has all that the others have, and the limits
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

@@ -37,7 +37,7 @@ class Trace:
     @property
     def lengths(self) -> Tensor:
         """int64 (rows,): tokens of each row, its EOS among them."""
-        return (~self.values.isnan()).sum(-1)
+        return (~self.scale.isnan()).sum(-1)  # the values of an unguided token may be NaN
 
     @property
     def capped(self) -> Tensor:

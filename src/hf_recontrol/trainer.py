@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
+from .calibration import calibrate, sample_states
 from .errors import HeadMismatch, HeadUnavailable
 from .fitting import check_answers, fit_linear_head, pack_answers, set_scales, value_metrics
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
 from .head_hub import push_files
+from .keywords import check_base_model
 from .objectives import lambda_returns
 from .training_args import RecontrolTrainingArguments
 from .value_head import ValueHead
@@ -60,6 +62,8 @@ class RecontrolTrainer(Trainer):
         args: RecontrolTrainingArguments.
         train_dataset: a RolloutDataset, or a Subset or ConcatDataset of them. Read once here for the scales.
         eval_dataset: the same, of other prompts (RolloutDataset.split), or a dict of them; see value_metrics.
+        base_model: the language model of the rollouts, to calibrate the head for `recontrol_strength` when training
+            ends, on states of eval_dataset; see `calibrate`. Where None the head is not calibrated.
         callbacks: as Trainer's.
         optimizers: as Trainer's.
 
@@ -87,6 +91,7 @@ class RecontrolTrainer(Trainer):
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        base_model: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
@@ -94,6 +99,11 @@ class RecontrolTrainer(Trainer):
             raise TypeError(
                 f"model is a {type(model).__name__}, but RecontrolTrainer trains a value head. Make one: "
                 "ValueHead(ValueHeadConfig(hidden_size=train_dataset.hidden_size))."
+            )
+        if base_model is not None and not isinstance(base_model, PreTrainedModel):
+            raise TypeError(
+                f"base_model is a {type(base_model).__name__}; pass the transformers model that wrote the rollouts, "
+                "or leave it out and calibrate the head later."
             )
         args = RecontrolTrainingArguments() if args is None else args
         if not isinstance(args, RecontrolTrainingArguments):
@@ -118,6 +128,9 @@ class RecontrolTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole accumulated batch
+        if base_model is not None:
+            check_base_model(model, base_model)
+        self.base_model = base_model
         self._evaluation: tuple[int, dict[str, Any]] | None = None
 
     @cached_property
@@ -224,7 +237,11 @@ class RecontrolTrainer(Trainer):
         """As Trainer's; resume_from_checkpoint=True takes the newest checkpoint that is complete.
 
         In the end head.config.info holds "training" (what was done) and "evaluation" (the metrics of the final head).
+        With base_model the final head is calibrated; a calibration from before the training is taken out.
         """
+        control = self.model.config.control
+        control.calibration, control.strength = [], None
+        self.model.config.info.pop("calibration", None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
         try:
@@ -235,6 +252,10 @@ class RecontrolTrainer(Trainer):
         finally:
             self._restore_forward()
         self._describe_run()
+        if self.base_model is not None:
+            datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            held_out = next(iter(datasets.values())) if self.eval_dataset is not None else self.train_dataset
+            calibrate(self.model, self.base_model, sample_states(held_out, seed=self.args.seed))
         return output
 
     def _restore_forward(self) -> None:

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..control import Controller
+from ..control_config import ControlConfig
 from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
-from ..rewards import Rewards
 from ..rollout_blocks import end_of_answer, seeded
 from ..value_head import ValueHead
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
@@ -36,11 +36,15 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     head: ValueHead | None = None,
+    config: ControlConfig | None = None,
     *,
     seed: int = 0,
     temperature: float = 1.0,
 ) -> list[Row]:
     """One answer to each prompt, 40 new tokens at most, from the whole vocabulary (top_p 1, top_k 0).
+
+    Args:
+        config: how hard the head steers; as it is calibrated where None.
 
     Returns:
         {"prompt", "completion", "token_ids"} for each prompt, in order.
@@ -55,6 +59,7 @@ def sample(
             top_p=1.0,
             top_k=0,
             recontrol_value_head=head or False,
+            recontrol_config=config,
         )
     rows = []
     for prompt, ids in zip(prompts, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
@@ -69,18 +74,17 @@ def sample_scored(
     prompts: Sequence[str],
     seeds: Sequence[int],
     head: ValueHead | None = None,
-    *,
-    scorers: Rewards | None = None,
+    config: ControlConfig | None = None,
 ) -> tuple[list[list[Row]], list[float]]:
     """A row of each prompt for each seed, with the scorers' numbers in it, and the seconds that each seed took."""
     seconds: list[float] = []
     rows_of: list[list[Row]] = [[] for _ in prompts]
     for seed in seeds:
         start = time.perf_counter()
-        rows = sample(demo.model, demo.tokenizer, prompts, head, seed=seed)
+        rows = sample(demo.model, demo.tokenizer, prompts, head, config, seed=seed)
         seconds.append(time.perf_counter() - start)
         texts = [row["completion"] for row in rows]
-        scores = (scorers or demo.scorers)(prompts, texts, [row["token_ids"] for row in rows])
+        scores = demo.scorers(prompts, texts, [row["token_ids"] for row in rows])
         for i, row in enumerate(rows):
             rows_of[i].append(row | {name: values[i] for name, values in scores.per_function.items()})
     return rows_of, seconds
