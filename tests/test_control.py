@@ -350,13 +350,15 @@ def test_a_target_out_of_reach_is_full_steps():
     torch.testing.assert_close(Controller(head, ControlConfig(0.3, 5, target_value=-1e9))(hidden_states), away)
 
 
-@pytest.mark.parametrize("target", [0.0, 1.0])
-def test_a_flat_value_is_left_alone_on_its_target_and_off_it(target):
-    head = tiny_head()
+@pytest.mark.parametrize("options", [{"target_value": 0.0}, {"target_value": 1.0}, {"max_relative_norm": 0.1}], ids=str)
+def test_a_flat_value_moves_nothing(options):
+    """On its target and off it, and at h = 0 where no length is allowed: there are quotients 0/0 on the way."""
+    head, hidden_states = tiny_head(), torch.randn(5, 16)
+    hidden_states[0] = 0.0
     with torch.no_grad():
         head.layers[-1].weight.zero_()
         head.layers[-1].bias.zero_()
-    u = Controller(head, ControlConfig(0.3, 5, target_value=target)).control(torch.randn(5, 16))
+    u = Controller(head, ControlConfig(0.3, 5, **options)).control(hidden_states)
     torch.testing.assert_close(u, torch.zeros(5, 16), rtol=0, atol=0)
 
 

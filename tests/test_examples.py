@@ -1,6 +1,7 @@
 """The README's own lines run, with the demo's model and head in place of the names they use."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from hf_recontrol.demo.assets import FOLDER, Demo
 README = Path(__file__).parents[1] / "README.md"
 
 
-def block(heading):
+def block(heading, place=0):
     """The python code under a heading of the README."""
-    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    section = re.search(rf"## {heading}\n(.*?)\n## ", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[place]
 
 
 def test_the_lines_that_steer_a_model_run():
@@ -21,6 +23,11 @@ def test_the_lines_that_steer_a_model_run():
     exec(code.replace("path/to/head", str(FOLDER / "value_head")), names)
     texts = [names["tokenizer"].decode(names[name][0]) for name in ("plain", "steered", "stronger")]
     assert len(set(texts)) == 3
+    code = block("Steer your own model", 1)
+    if find_spec("matplotlib") is None:
+        code = code.rpartition("figure =")[0]
+    exec(code.replace("path/to/head", str(FOLDER / "value_head")), names)
+    assert names["out"].recontrol_trace.lengths.tolist() == [len(names["out"].sequences[0]) - 4]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")

@@ -303,34 +303,32 @@ def test_a_head_that_is_not_registered_is_an_error_that_loads_nothing(model, hea
     monkeypatch.chdir(tmp_path)
     register_value_heads({"polite": head})
     monkeypatch.setattr(ValueHead, "from_pretrained", lambda *args, **kwargs: pytest.fail("a config loaded a head"))
-    opened = []
-    audited.append(opened)
-    try:
-        for name in ("user/head", f"user/head@{'0' * 40}", "folder", str(tmp_path / "folder"), "nowhere/head"):
-            for said in (name, {name: 1.0}, {"polite": 1.0, name: 1.0}):
-                if where == "model's":
-                    model.generation_config = named(said)
-                given = {"generation_config": named(said)} if where == "given" else {}
-                with pytest.raises(ValueError, match="not registered in this process") as caught:
-                    model.generate(**prompts(), streamer=NoToken(), **given)
-                message = str(caught.value)
-                assert f"The {where} generation config names the value head {name[:20]!r}"[:-1] in message
-                assert "(registered: 'polite')" in message
-                assert "register_value_heads(" in message
-                assert "model.set_recontrol_defaults(" in message
-    finally:
-        audited.remove(opened)
-    assert not [path for path in opened if str(tmp_path) in path or path.startswith(("user", "folder"))]
+    touched = watch_files(monkeypatch)
+    for name in ("user/head", f"user/head@{'0' * 40}", "folder", str(tmp_path / "folder"), "./folder", "nowhere/head"):
+        for wanted in (name, {name: 1.0}, {"polite": 1.0, name: 1.0}):
+            given = {"generation_config": named(wanted)} if where == "given" else {}
+            if where == "model's":
+                model.generation_config = named(wanted)
+            with pytest.raises(ValueError, match=f"^The {where} generation config names the value head '") as caught:
+                model.generate(**prompts(), streamer=NoToken(), **given)
+            for words in ("not registered in this process (registered: 'polite')", "register_value_heads({"):
+                assert words in str(caught.value)
+            assert "model.set_recontrol_defaults(value_head=" in str(caught.value)
+    assert not [path for path in touched if path.startswith((str(tmp_path), "user", "folder", "./folder", "nowhere"))]
     assert not hub.log
     assert tokens(model, recontrol_value_head=False, pad_token_id=0) == stock_tokens()  # plain text for the asking
 
 
-audited = []  # an audit hook cannot be removed: this one does nothing while the list is empty
-sys.addaudithook(
-    lambda event, arguments: [
-        opened.append(str(arguments[0])) for opened in audited if event in ("open", "os.listdir", "os.scandir")
-    ]
-)
+def watch_files(monkeypatch):
+    """A list that fills with the paths that are looked at from here on."""
+    touched = []
+    for name in ("builtins.open", "io.open", "os.stat", "os.listdir", "os.scandir"):
+        module, function = name.split(".")
+        stock = getattr(sys.modules[module], function)
+        monkeypatch.setattr(
+            name, lambda path=".", *a, stock=stock, **k: touched.append(str(path)) or stock(path, *a, **k)
+        )
+    return touched
 
 
 HOSTILE = [
@@ -478,18 +476,16 @@ def test_strict_and_trace_are_chosen_by_the_same_order(model, call, given, own, 
         {"recontrol_config": 7},
         {"recontrol_strength": 0.1, "recontrol_step_size": 0.1},
         {"recontrol_trace": "yes"},
-        {"recontrol_trace": True, "num_beams": 2, "recontrol_strict": True},
+        {"recontrol_trace": True, "recontrol_strict": True},
         {"generation_config": named("nobody", token="x")},
     ],
     ids=str,
 )
 def test_false_turns_steering_off_whatever_else_is_said(model, head, keywords):
-    stock = {name: value for name, value in keywords.items() if not name.startswith("recontrol_")}
-    expected = tokens(tiny_model(), **(stock | ({"generation_config": None} if "generation_config" in stock else {})))
     model.set_recontrol_defaults(head, step_size=2.0)
-    assert tokens(model, recontrol_value_head=False, **keywords) == expected
+    assert tokens(model, recontrol_value_head=False, **keywords) == stock_tokens()
     model.generation_config.recontrol_step_size = "hostile"
-    assert tokens(model, recontrol_value_head=False, **keywords) == expected
+    assert tokens(model, recontrol_value_head=False, **keywords) == stock_tokens()
 
 
 @pytest.mark.parametrize("off", [{"recontrol_num_steps": 0}, {"recontrol_step_size": 0.0}, {"recontrol_step_size": 0}])
@@ -502,7 +498,7 @@ def test_an_explicit_zero_overrides_the_defaults(model, head, off):
 # set_recontrol_defaults
 
 
-def said(model):
+def defaults_of(model):
     return {name: value for name, value in vars(model.generation_config).items() if name.startswith("recontrol_")}
 
 
@@ -512,15 +508,15 @@ def test_defaults_are_stored_replaced_and_cleared_and_the_rest_of_the_config_sta
     steered = tokens(model, recontrol_value_head=head, **STEER)
     model.set_recontrol_defaults(head, step_size=2.0, num_steps=3)
     assert tokens(model) == steered != plain
-    assert {name.removeprefix("recontrol_") for name in said(model)} == {"value_head", "step_size", "num_steps"}
+    assert {name.removeprefix("recontrol_") for name in defaults_of(model)} == {"value_head", "step_size", "num_steps"}
     model.set_recontrol_defaults(tiny_head(1), step_size=4.0)
-    assert {name.removeprefix("recontrol_") for name in said(model)} == {"value_head", "step_size"}
+    assert {name.removeprefix("recontrol_") for name in defaults_of(model)} == {"value_head", "step_size"}
     assert tokens(model) == tokens(model, recontrol_value_head=tiny_head(1), recontrol_step_size=4.0)
     model.set_recontrol_defaults(None, num_steps=3)
-    assert said(model) == {"recontrol_num_steps": 3}
+    assert defaults_of(model) == {"recontrol_num_steps": 3}
     assert tokens(model, recontrol_value_head=head, recontrol_step_size=2.0) == steered
     model.set_recontrol_defaults()
-    assert said(model) == {}
+    assert defaults_of(model) == {}
     assert tokens(model) == plain
     after = vars(model.generation_config)
     assert all(after[name] == value for name, value in others.items() if name != "_from_model_config")
@@ -552,10 +548,10 @@ def test_defaults_are_stored_replaced_and_cleared_and_the_rest_of_the_config_sta
 )
 def test_bad_defaults_are_refused_and_the_old_ones_stay(model, head, value_head, defaults, error):
     model.set_recontrol_defaults(head, max_kl=0.5)
-    before, registered = said(model), dict(registry._REGISTERED)
+    before, registered = defaults_of(model), dict(registry._REGISTERED)
     with pytest.raises((TypeError, ValueError, HeadUnavailable), match=error):
         model.set_recontrol_defaults(value_head, **defaults)
-    assert said(model) == before
+    assert defaults_of(model) == before
     assert registered == registry._REGISTERED
 
 
@@ -565,7 +561,7 @@ def test_defaults_go_with_a_saved_model_and_their_heads_must_be_registered_again
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(registry, "_REGISTERED", {})  # as in another process
     loaded = enable_recontrol(LlamaForCausalLM.from_pretrained(tmp_path))
-    assert said(loaded) == said(model)
+    assert defaults_of(loaded) == defaults_of(model)
     (name,) = loaded.generation_config.recontrol_value_head
     with pytest.raises(ValueError, match=f"The model's generation config names the value head '{name}', .*registered"):
         loaded.generate(**prompts(), streamer=NoToken())
@@ -630,58 +626,59 @@ def test_several_heads_are_defaults_by_folder_id_and_object(model, head, hub, tm
     assert not hub.log
 
 
-@pytest.mark.parametrize("draft", ["prompt lookup", "stock", "enabled", "with defaults of its own", "itself"])
-def test_assisted_decoding_under_defaults_drafts_plainly_and_gives_the_steered_models_own_tokens(model, head, draft):
+def repetitive_prompt():
     inputs = prompts(rows=1, length=12)
     inputs["input_ids"][0, 6:] = inputs["input_ids"][0, :6]  # something to look up
+    return inputs
+
+
+@pytest.mark.parametrize("draft", ["stock", "enabled", "with defaults of its own"])
+def test_drafts_under_defaults_are_plain_and_the_tokens_the_steered_models_own(model, head, draft):
     model.set_recontrol_defaults(head, step_size=2.0, num_steps=3)
-    expected = model.generate(**inputs, **GREEDY)
-    if draft == "prompt lookup":
-        assert model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
-        return
-    if draft == "itself":
-        assert model.generate(**inputs, **GREEDY, assistant_model=model).tolist() == expected.tolist()
-        return
+    expected = model.generate(**repetitive_prompt(), **GREEDY)
     assistant = tiny_model(1, hidden_size=32)  # wider: the target's head would be an error here
     if draft != "stock":
         enable_recontrol(assistant)
     if draft == "with defaults of its own":
         assistant.set_recontrol_defaults(tiny_head(1, hidden_size=32), step_size=2.0)
-    states, inputs_of_its_head = [], []
+    states, given = [], []
     assistant.model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
-    assistant.lm_head.register_forward_pre_hook(lambda module, args: inputs_of_its_head.append(args[0]))
-    actual = model.generate(**inputs, **GREEDY, assistant_model=assistant)
+    assistant.lm_head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    actual = model.generate(**repetitive_prompt(), **GREEDY, assistant_model=assistant)
     assert actual.tolist() == expected.tolist()
     assert states
-    for state, given in zip(states, inputs_of_its_head, strict=True):
-        torch.testing.assert_close(given, state[:, -given.shape[1] :], rtol=0, atol=0)
+    for state, own in zip(given, states, strict=True):
+        torch.testing.assert_close(state, own[:, -state.shape[1] :], rtol=0, atol=0)
+
+
+def test_a_model_with_defaults_may_draft_for_itself_and_look_up(model, head):
+    model.set_recontrol_defaults(head, step_size=2.0, num_steps=3)
+    expected = model.generate(**repetitive_prompt(), **GREEDY).tolist()
+    for draft in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        assert model.generate(**repetitive_prompt(), **GREEDY, **draft).tolist() == expected
 
 
 def test_batches_obey_and_refuse_configs_as_generate_does(model, head):
-    texts = [[1, 5, 9], [1, 7, 8, 11]]
-    model.set_attn_implementation("paged|eager")
-    plain_model = enable_recontrol(tiny_model())
+    texts, settings = [[1, 5, 9], [1, 7, 8, 11]], {**GREEDY, "eos_token_id": 2, "pad_token_id": 0}
     register_value_heads({"polite": head})
 
-    def batch(config=None, **keywords):
-        settings = {**GREEDY, "eos_token_id": 2, "pad_token_id": 0}
-        config = copy.deepcopy(model.generation_config if config is None else config)
-        for name, value in settings.items():
-            setattr(config, name, value)
+    def singles(**keywords):
+        outputs = [model.generate(torch.tensor([ids]), **settings, **keywords)[0] for ids in texts]
+        return [output[len(ids) :].tolist() for output, ids in zip(outputs, texts, strict=True)]
+
+    def batch(config, **keywords):
+        config.update(**settings)
         outputs = model.generate_batch(texts, config, continuous_batching_config=small_batches(), **keywords)
         return [output.generated_tokens for output in outputs.values()]
 
-    def singles(**keywords):
-        settings = {**GREEDY, "eos_token_id": 2, "pad_token_id": 0, **keywords}
-        return [plain_model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in texts]
-
     steered, plain = singles(recontrol_value_head=head, **STEER), singles()
     assert steered != plain
+    model.set_attn_implementation("paged|eager")
     assert batch(named(step_size=2.0, num_steps=3)) == steered
     model.set_recontrol_defaults(head, step_size=2.0, num_steps=3)
     assert batch(GenerationConfig()) == steered  # the model's defaults stand behind a given config
     assert batch(named(False)) == plain
-    assert batch(recontrol_value_head=False) == plain
+    assert batch(named(), recontrol_value_head=False) == plain
     for config, words in (
         (named("stranger"), "'stranger', which is not registered"),
         (named(step_size="1"), "step_size is '1'"),
@@ -956,6 +953,21 @@ def test_a_trace_marks_the_rows_that_are_left_unedited():
     for name, expected in {"values": head(h).detach(), "steered_values": head(h).detach(), "kl": 0.0}.items():
         figures = getattr(trace, name)
         torch.testing.assert_close(figures, torch.as_tensor(expected).expand_as(figures), rtol=0, atol=1e-4)
+
+
+def test_a_row_that_is_not_finite_is_marked_and_keeps_its_length(model, head):
+    def poison(module, args, output):
+        output.last_hidden_state[1] = nan
+
+    model.generation_config.pad_token_id = 63  # the token of a row without logits is 0, which is not padding here
+    _, expected = traced(model, head)
+    model.model.register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="8 hidden states were not finite"):
+        _, trace = traced(model, head)
+    assert trace.lengths.tolist() == [8, 8, 8]
+    assert trace.sound.tolist() == [[True] * 8, [False] * 8, [True] * 8]
+    for name in FIGURES:
+        torch.testing.assert_close(getattr(trace, name)[[0, 2]], getattr(expected, name)[[0, 2]], rtol=0, atol=1e-4)
 
 
 def test_a_trace_marks_the_tokens_whose_logits_overflow():

@@ -27,6 +27,7 @@ from hf_recontrol.plots import overoptimization_figure
 
 KL_PER_TOKEN = (0.005, 0.0125, 0.03, 0.07, 0.15, 0.3, 0.5)  # of 40 tokens: 0.2 to 20 nats an answer
 CALIBRATED_TO = 0.4
+SINGLE = ("strength 0.1, any n", "strength 0.2, any n", "MLP head, huge α held at max_kl 0.4")
 
 
 class Shuffled(Dataset):
@@ -81,10 +82,10 @@ def settings(heads: dict[str, ValueHead]) -> list[tuple[str, float, ValueHead, C
         rows.append(("MLP head, strength", strength, mlp, ControlConfig(strength=strength)))
     for n in (1, 5, 100, 300):
         for strength in (0.1, 0.2):
-            rows.append((f"strength {strength}, any n", n, mlp, ControlConfig(strength=strength, num_steps=n)))
+            rows.append((SINGLE[strength == 0.2], n, mlp, ControlConfig(strength=strength, num_steps=n)))
     for alpha in (1.0, 5.0):  # nats a token if it were not held
         config = ControlConfig(step_size=step_size(mlp, alpha), max_kl=0.4)
-        rows.append(("MLP head, huge α held at max_kl 0.4", config.step_size, mlp, config))
+        rows.append((SINGLE[2], config.step_size, mlp, config))
     return rows
 
 
@@ -110,6 +111,12 @@ def summary(
     row |= {name: sum(run["figures"][name] for run in runs) / len(runs) for name in names}
     row["perplexity_ratio"] = sum(run["figures"]["perplexity"] for run in runs) / len(runs) / perplexity
     return row
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """The rows up to 25 nats an answer; what lies beyond, and the single settings, are in the table only."""
+    curves = [row for row in rows if row["kl_per_answer"] < 25 and row["method"] not in SINGLE]
+    overoptimization_figure(curves).savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -145,7 +152,7 @@ def main() -> None:
         rows.append(summary(f"best-of-{n}", n, [run], base, plain["perplexity"]))
         rows[-1]["kl_per_answer"] = best_of_n_kl_bound(n)
     args.output.with_suffix(".json").write_text(json.dumps({"base": plain, "rows": rows}, indent=1) + "\n")
-    overoptimization_figure(rows).savefig(args.output.with_suffix(".png"), dpi=150)
+    draw(rows, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

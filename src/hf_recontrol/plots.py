@@ -220,10 +220,22 @@ def overoptimization_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             limits = "collapse: perplexity {perplexity_ratio} × base, distinct-3 {distinct_3}".format(**COLLAPSE)
             axis.axhline(COLLAPSE[name], color="grey", linestyle="--", label=limits)
         axis.set(xscale="log", xlabel="KL per answer (nats)", ylabel=label)
-        axis.set_yscale("log" if name == "perplexity_ratio" else "linear")  # it grows without bound
+        _number(axis.xaxis)
+        if name == "perplexity_ratio":  # it grows without bound
+            axis.set_yscale("log")
+            _number(axis.yaxis)
     # perplexity's panel has all that the others have, and the limits
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _number(axis: Any) -> None:
+    """Plain numbers at a logarithmic axis, also where it spans less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _check(rows: Sequence[Mapping[str, Any]]) -> None:

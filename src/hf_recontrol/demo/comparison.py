@@ -17,6 +17,8 @@ from ..value_head import ValueHead
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]
+STRENGTH = 0.2  # nats a token: what every head is asked for
+CONTROL = ControlConfig(strength=STRENGTH)
 ROUNDS = 2  # answers to each prompt by each method
 
 
@@ -91,7 +93,7 @@ def sample_scored(
 
 
 def compare(demo: Demo, prompts: Sequence[str]) -> list[Result]:
-    """The table's rows: base, each head at its own setting, best-of-4 and best-of-16.
+    """The table's rows: base, each head at the same strength, best-of-4 and best-of-16.
 
     The methods take turns, so that a machine whose speed drifts does not favour one of them. Best-of-16 is made on the
     first quarter of the prompts: it costs as much as all else together.
@@ -103,7 +105,7 @@ def compare(demo: Demo, prompts: Sequence[str]) -> list[Result]:
     with logging.tqdm(total=ROUNDS * len(methods) + 3, desc="sampling", leave=False) as bar:
         for seed in range(ROUNDS):
             for name, head in methods.items():
-                rows_of, took = sample_scored(demo, prompts, [seed], head)
+                rows_of, took = sample_scored(demo, prompts, [seed], head, CONTROL)
                 seconds[name] += took
                 answers[name] = [a + b for a, b in zip(answers[name], rows_of, strict=True)]
                 bar.update()
@@ -143,7 +145,7 @@ def measure(
     the first `shared` prompts, one answer to each.
     """
     first = [rows[0] for rows in answers]
-    controller = None if head is None else Controller(head)
+    controller = None if head is None else Controller(head, CONTROL)
     figures = evaluate_answers(first, model=demo.model, tokenizer=demo.tokenizer, controller=controller)
     figures |= {"forwards_per_token": forwards, "time": time_ratio}
     figures["distinct_3"] = distinct_n([row["completion"] for row in first[:shared]])

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from ..control import Controller
+from ..control_config import BELT
 from ..evaluation import Gain
 from .assets import Demo
-from .comparison import Result, compare, sample
+from .comparison import CONTROL, STRENGTH, Result, compare, sample
 
 WIDTH = 100
 PAIRS = 4
@@ -45,7 +47,7 @@ def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
 def show_pairs(demo: Demo, prompts: list[str], echo: Callable[[str], None]) -> None:
     """The first few prompts, answered without and with control from one seed; not selected."""
     plain = sample(demo.model, demo.tokenizer, prompts[:PAIRS], temperature=0.7)
-    steered = sample(demo.model, demo.tokenizer, prompts[:PAIRS], demo.head("value_head"), temperature=0.7)
+    steered = sample(demo.model, demo.tokenizer, prompts[:PAIRS], demo.head("value_head"), CONTROL, temperature=0.7)
     for before, after in zip(plain, steered, strict=True):
         echo(f"  {before['prompt']} …")
         for label, row in (("base", before), ("steered", after)):
@@ -98,8 +100,9 @@ def footnotes(demo: Demo, results: list[Result]) -> list[str]:
         "across answers, of a quarter of the prompts. length: tokens. forwards: of the language model for each token "
         "of the answer. time: against base, sampled in turns; of best-of-n, n × base. Best-of-16 is of a quarter of "
         "the prompts, since it costs as much as all else together.",
-        f"The MLP head takes {head.control.num_steps} steps of {head.control.step_size:.3g} at each token. Each head's "
-        "strength was chosen by the reward on 200 other prompts; the random direction was given the MLP head's KL.",
+        f"Each head was asked for the same: a strength of {STRENGTH} nats a token, and none above "
+        f"{BELT * STRENGTH:g}. For the MLP head that is {head.control.num_steps} steps of "
+        f"{Controller(demo.head('value_head'), CONTROL).step_size:.3g} at each token.",
         f"A step of this tiny model takes {milliseconds_per_step(demo):.0f} ms, so any ascent is visible beside it.",
         f"On {evaluation['answers']} held-out answers the MLP head explains {evaluation['explained_variance']:.1%} of "
         "the variance of the final reward, seen from each token; the linear head "
