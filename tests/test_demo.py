@@ -1,6 +1,7 @@
 """The demo: what is shipped, that it runs with no network, and that its table says what the README says."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_the_heads_can_be_made_anew(tmp_path):
         config = Demo(heads_folder=tmp_path).head(name).config
         assert json.loads(json.dumps(config.info)) == config.info
         assert [kl for kl, _ in config.control.calibration] == [0.02, 0.05, 0.1, 0.2, 0.4]
+
+
+@pytest.mark.slow
+def test_one_strength_means_the_same_for_models_of_every_width():
+    """Language models of three widths beside the demo's, two heads for each: the KL of their texts is what was asked."""
+    example = Path(__file__).parents[1] / "examples" / "strength_across_models.py"
+    sizes = ["--texts", "1500", "--epochs", "6", "--prompts", "200", "--test-prompts", "100"]
+    rows = runpy.run_path(str(example))["main"](sizes)
+    assert len({row["model"] for row in rows}) == 4
+    for row in rows:
+        for strength, kl in row["kl_per_token"].items():
+            assert kl == pytest.approx(strength, rel=0.2), row
