@@ -610,7 +610,6 @@ def test_a_step_size_hides_a_strength_below_it_and_the_other_way_round():
         ),
         *(("regularization", value) for value in (-0.1, inf, nan, "1", True, None)),
         *(("target_value", value) for value in (inf, nan, "1", 10**400)),
-        ("strength", 0.1),  # without a calibration
         *(("calibration", value) for value in (None, {}, "table", 3, [0.1, 0.2], [[0.1]], [[0.1, 0.2, 0.3]])),
         *(("calibration", value) for value in ([["0.1", 0.2]], [[True, 0.2]], [[0.1, None]], [[[], []]])),
         *(("calibration", value) for value in ([[0, 0.1]], [[0.1, 0]], [[-0.1, 0.1]], [[nan, 0.1]], [[0.1, inf]])),
@@ -623,7 +622,13 @@ def test_a_step_size_hides_a_strength_below_it_and_the_other_way_round():
 )
 def test_a_heads_own_control_is_checked_field_by_field(name, value):
     with pytest.raises(HeadError, match=rf"control\.{name}"):
-        ValueHeadConfig.from_dict({"hidden_size": 8, "control": {name: value}})
+        ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"calibration": TABLE, name: value}})
+
+
+def test_a_heads_own_strength_needs_a_calibration():
+    with pytest.raises(HeadError, match=r"control\.strength = 0\.1.*no calibration"):
+        ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"strength": 0.1}})
+    ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"strength": 0.1, "calibration": TABLE}})
 
 
 def test_a_calibration_has_at_most_32_entries():

@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessor,
     PhiConfig,
     PhiForCausalLM,
     T5Config,
@@ -96,12 +97,13 @@ def test_the_share_is_the_largest_that_the_bound_allows(rows, max_kl):
 
 def test_rows_inside_the_bound_are_the_edited_ones_bit_for_bit_whatever_their_neighbours_need():
     base = torch.randn(6, 64)
-    edited = base + torch.tensor([1e-3, 3.0, 0.0, 1e-2, 5.0, 1e-4])[:, None] * torch.randn(6, 64)
+    edited = base + torch.tensor([0.2, 3.0, 0.0, 0.15, 5.0, 1e-4])[:, None] * torch.randn(6, 64)
     logits, share = bounded(base, edited, 0.05)
     inside = [0, 2, 3, 5]
     torch.testing.assert_close(logits[inside], edited[inside], rtol=0, atol=0)
     assert (share[:, 0] == 1).tolist() == [row in inside for row in range(6)]
-    torch.testing.assert_close(bounded(base, edited, 100.0)[0], edited, rtol=0, atol=0)
+    other = torch.randn(6, 64)  # unlike `edited`, no sum that can be undone without rounding
+    torch.testing.assert_close(bounded(base, other, 100.0)[0], other, rtol=0, atol=0)
 
 
 def test_a_constant_added_to_all_logits_is_no_change_to_hold_back():
@@ -110,6 +112,10 @@ def test_a_constant_added_to_all_logits_is_no_change_to_hold_back():
         logits, share = bounded(base, base + constant, 1e-3)
         torch.testing.assert_close(logits, base + constant, rtol=0, atol=0)
         assert (share == 1).all()
+    edited = base + torch.randn(3, 64) + 1e4
+    logits, share = bounded(base, edited, 0.05)
+    torch.testing.assert_close(share.double(), merged_by_hand(base, edited, 0.05)[1], rtol=0, atol=3e-4)
+    assert (kl_by_hand(logits, base) <= 0.05 + 1e-4).all()
 
 
 @pytest.mark.parametrize("forbidden", [-torch.inf, torch.finfo(torch.float32).min])
@@ -329,6 +335,22 @@ def test_assisted_decoding_takes_the_merged_logits_and_leaves_drafts_plain(model
 
 
 @pytest.mark.versions
+def test_the_lm_head_by_itself_is_plain_and_single_even_during_a_bounded_generate(model, head):
+    states = torch.randn(1, 1, 16)
+    expected = model.lm_head(states)
+
+    class Borrowing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            torch.testing.assert_close(model.lm_head(states), expected, rtol=0, atol=0)
+            return scores
+
+    steer = {"recontrol_value_head": head, "recontrol_max_kl": MAX_KL, **STEER}
+    alone = model.generate(**prompts(), **GREEDY, **steer)
+    actual = model.generate(**prompts(), **GREEDY, **steer, logits_processor=[Borrowing()])
+    assert actual.sequences.tolist() == alone.sequences.tolist()
+
+
+@pytest.mark.versions
 def test_compiled_decoding_keeps_many_bounds_and_step_sizes_with_and_without_a_trace(head):
     """As one graph, which Dynamo refuses to compile more than eight times: a float must not make a new one each."""
     model = enable_recontrol(tiny_model(num_hidden_layers=1))
@@ -336,9 +358,8 @@ def test_compiled_decoding_keeps_many_bounds_and_step_sizes_with_and_without_a_t
     compile_config._compile_all_devices = True  # else a CPU is never compiled for
     static = {"cache_implementation": "static", "compile_config": compile_config}
     torch._dynamo.reset()
-    bounds, step_sizes = [0.02, 0.03, 0.04, 0.05, 0.06, 0.07], [1.5, 1.8, 2.0, 2.2, 2.5, 3.0]
     for i in range(12):
-        max_kl, step_size, trace = bounds[i % 6], step_sizes[(i + i // 6) % 6], i % 2 == 1
+        max_kl, step_size, trace = 0.02 + 0.005 * i, 1.5 + 0.1 * i, i % 2 == 1
         control = {"recontrol_step_size": step_size, "recontrol_num_steps": 3, "recontrol_max_kl": max_kl}
         oracle = merging_twin(model, Controller(head, ControlConfig(step_size, 3)), max_kl)
         expected = oracle.generate(**prompts(), **GREEDY)

@@ -17,8 +17,8 @@ from .rollout_blocks import evaluating
 from .value_head import ValueHead
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4)
-# On the demo 0.1 gains +1.0 sd by the judge for a perplexity of 1.2 × base, 0.2 +1.4 for 1.4 ×, and above 0.3 it is more
-# than 1.5 ×: examples/demo/overoptimization.json. Half of what still holds together there is left for other models.
+# On the demo 0.1 gains +1.0 sd by the judge for a perplexity of 1.2 × base, 0.2 +1.4 for 1.4 ×, and above 0.3 it is
+# more than 1.5 ×: examples/demo/overoptimization.json. 0.1 leaves a margin for models that take less.
 DEFAULT_STRENGTH = 0.1
 MAX_STATES = 2048  # their mean KL has a standard error of 2 to 3 %
 STATES_OF_AN_ANSWER = 16

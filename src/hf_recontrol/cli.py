@@ -83,7 +83,7 @@ def generate(
     keywords: dict[str, object] = {"value_head": value_head, "strength": strength, "max_kl": max_kl}
     keywords |= {"step_size": step_size, "num_steps": num_steps, "revision": revision, "trace": trace or None}
     given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     language_model, tokenizer = _model_and_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(language_model.device)
     set_seed(seed)

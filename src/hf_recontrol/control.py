@@ -3,12 +3,12 @@
 import copy
 import math
 from collections.abc import Mapping
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .control_config import ControlConfig, step_size_for
+from .control_config import ControlConfig, as_float, step_size_for
+from .head_config import shown
 from .value_head import ValueHead
 
 
@@ -47,12 +47,15 @@ class Controller:
     def __init__(self, head: ValueHead | Mapping[ValueHead, float], config: ControlConfig | None = None):
         heads = _weighted(head)
         own = [one.config.control for one in heads]
-        config = (config or ControlConfig()).over_heads(own)  # checks the heads' own numbers too: they may be set here
-        if config.target_value is not None and list(heads.values()) != [1.0]:
+        config = config or ControlConfig()
+        targets = [one for one in (config.target_value, *(control.target_value for control in own)) if one is not None]
+        if targets and list(heads.values()) != [1.0]:
             raise ValueError(
-                f"target_value is {config.target_value}, in raw units of one reward, but the heads' weights are "
-                f"{list(heads.values())}. Give one head of weight 1, or no target_value."
+                f"target_value is {targets[0]}, in raw units of one reward, but the heads' weights are "
+                f"{list(heads.values())}. Give one head of weight 1, or no target_value: also the heads' own, "
+                "head.config.control.target_value."
             )
+        config = config.over_heads(own)  # checks the heads' own numbers too: they may have been set in this process
         self.config = config
         self.num_steps = int(config.num_steps or 0)
         if config.strength is None:
@@ -167,19 +170,22 @@ def _within(u: Tensor, limit: Tensor | None) -> Tensor:
     """u, cut to the norm `limit`, (..., 1)."""
     if limit is None:
         return u
-    shrunk: Tensor = u * (limit / u.norm(dim=-1, keepdim=True)).clamp(max=1.0).nan_to_num(1.0)  # u = 0 stays
-    return shrunk
+    peak = u.abs().amax(-1, keepdim=True)
+    unit = u / peak  # the square of a huge u would be infinite
+    norm = unit.norm(dim=-1, keepdim=True)
+    return torch.where(norm * peak > limit, unit * (limit / norm), u)  # u = 0 has no unit, and stays
 
 
 def _weighted(head: ValueHead | Mapping[ValueHead, float]) -> dict[ValueHead, float]:
     """The heads and their weights, checked."""
+    if not isinstance(head, ValueHead | Mapping):
+        raise TypeError(f"A Controller takes a ValueHead or a dict {{ValueHead: weight}}, not a {type(head).__name__}.")
     heads: dict[ValueHead, float] = {head: 1.0} if isinstance(head, ValueHead) else dict(head)
     for one, weight in heads.items():
         if not isinstance(one, ValueHead):
             raise TypeError(f"A {type(one).__name__} was given for a head; a Controller takes ValueHeads.")
-        number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"A head's weight is {weight!r}; it must be a finite number other than 0.")
+        if not math.isfinite(as_float(weight)) or weight == 0:
+            raise ValueError(f"A head's weight is {shown(weight)}; it must be a finite number other than 0.")
         if one.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"The value head is {one.dtype}, too coarse for an ascent in small steps; call head.float() first. "

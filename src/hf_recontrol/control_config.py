@@ -8,7 +8,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any, Self
 
-from .head_config import MAX_STEPS, ControlDefaults
+from .head_config import MAX_STEPS, ControlDefaults, shown
 
 BELT = 4.0  # × the strength: max_kl where a strength is given and no max_kl
 EXCLUSIVE = {"step_size": "strength", "strength": "step_size"}
@@ -44,11 +44,11 @@ class ControlConfig:
             ("target_value", "a finite number, in raw units of the reward", lambda x: -inf < x < inf),
         ):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not holds(value)):
-                raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
+            if value is not None and not holds(as_float(value)):  # nothing holds for NaN
+                raise ValueError(f"{name} is {shown(value)}; it must be {wanted}.")
         n = self.num_steps
         if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or not 0 <= n <= MAX_STEPS):
-            raise ValueError(f"num_steps is {n!r}; it must be an integer from 0 to {MAX_STEPS} (0 is no control).")
+            raise ValueError(f"num_steps is {shown(n)}; it must be an integer from 0 to {MAX_STEPS} (0 is no control).")
         if self.step_size is not None and self.strength is not None:
             raise ValueError(
                 f"step_size is {self.step_size!r} and strength {self.strength!r}, but the strength picks the "
@@ -95,6 +95,16 @@ class ControlConfig:
         if whole.max_kl is None and whole.strength is not None:
             whole = replace(whole, max_kl=BELT * whole.strength)
         return whole
+
+
+def as_float(value: object) -> float:
+    """A number as a float; NaN for what is none, or is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _shared(name: str, heads: Sequence[ControlDefaults], keyword: str) -> Any:

@@ -217,6 +217,7 @@ def _check_control(control: ControlDefaults) -> None:
             _check_number("control.calibration", number, 1e-30)
         rises = all(one < other for one, other in pairwise(column))
         _check("control.calibration", table, rises, "pairs whose numbers rise")
+    _check("control.calibration", table, not table or control.num_steps > 0, "none at num_steps = 0")
     calibrated = control.strength is None or bool(table)
     _check("control.strength", control.strength, calibrated, "None, for there is no calibration to read it from")
 

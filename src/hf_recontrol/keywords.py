@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel
 
 from .control import Controller
-from .control_config import ControlConfig
+from .control_config import ControlConfig, as_float
 from .errors import HeadMismatch
+from .head_config import shown
 from .hooks import lm_head, model_name
 from .registry import as_value_head, register_value_heads, registered_value_head
 from .value_head import ValueHead
@@ -73,11 +75,12 @@ class RecontrolKeywords:
             return cls(value_head=False)
         return cls(**_known(ours, [field.name for field in fields(cls)], "generate()"))
 
-    def request(self, model: PreTrainedModel, given_config: Any = None) -> Request:
+    def request(self, model: PreTrainedModel, given_config: Any = None, own_config: Any = None) -> Request:
         """What was asked for, by the call and by the configs, checked against the model.
 
         Args:
             given_config: the GenerationConfig of the call.
+            own_config: that of the model; its present one where None.
 
         Raises:
             TypeError, ValueError: a keyword or a config has a wrong value, or one that does nothing as it stands.
@@ -89,15 +92,14 @@ class RecontrolKeywords:
             return Request()  # drafts are made with a copy of the target's config: they are plain, the target decides
         control, flags = self._control(), {"strict": self.strict, "trace": self.trace}
         heads = None if self.value_head is None else self._heads()
-        for where, config in (("given", given_config), ("model's", model.generation_config)):
+        own_config = model.generation_config if own_config is None else own_config
+        for where, config in (("given", given_config), ("model's", own_config)):
             said = said_by(config, f"{where} generation config")
             if heads is None and said.get("value_head") is not None:
                 heads = _registered(said["value_head"], f"{where} generation config")
             control = control.over(ControlConfig(**{name: said[name] for name in CONTROL if name in said}))
             flags = {name: said.get(name) if flag is None else flag for name, flag in flags.items()}
-        for name, flag in flags.items():
-            if flag is not None and type(flag) is not bool:
-                raise ValueError(f"recontrol_{name} is {flag!r}; it must be True or False.")
+        _check_flags(flags)
         if not heads:
             if heads is None and self != RecontrolKeywords():
                 raise ValueError(
@@ -119,7 +121,7 @@ class RecontrolKeywords:
         for name, value in said.items():
             if getattr(whole, name) not in (None, value):
                 raise ValueError(
-                    f"recontrol_{name} is {value!r}, but recontrol_config has {name} = {getattr(whole, name)!r}. "
+                    f"recontrol_{name} is {value}, but recontrol_config has {name} = {getattr(whole, name)}. "
                     "Say it once."
                 )
         return ControlConfig(**{name: getattr(whole, name) for name in CONTROL} | said)
@@ -132,19 +134,28 @@ class RecontrolKeywords:
             )
         if not isinstance(given, Mapping):
             return {as_value_head(given, revision=self.revision, token=self.token): 1.0}  # type: ignore[arg-type]
-        if self.revision is not None or not given:
+        if self.revision is not None or self.token is not None or not given:
             raise ValueError(
-                f"recontrol_value_head has {len(given)} heads and recontrol_revision is {self.revision!r}; pass one "
-                'head or more, and of several the revision of each as "id@revision".'
+                f"recontrol_value_head has {len(given)} heads; pass one or more. recontrol_revision and "
+                'recontrol_token are for one head without a weight: write "id@revision", and log in for private ones.'
             )
-        return _summed((as_value_head(head, token=self.token), weight) for head, weight in given.items())
+        return _summed((as_value_head(head), weight) for head, weight in given.items())
 
 
-def _summed(pairs: Any) -> dict[ValueHead, float]:
-    heads: dict[ValueHead, float] = {}
-    for head, weight in pairs:  # two names may mean one head
-        heads[head] = heads[head] + weight if head in heads else weight
+def _summed(pairs: Any) -> dict[Any, float]:
+    """The heads with their weights, those of one head (two names may mean one) added up."""
+    heads: dict[Any, float] = {}
+    for head, weight in pairs:
+        if math.isnan(as_float(weight)):
+            raise ValueError(f"A head's weight is {shown(weight)}; it must be a finite number other than 0.")
+        heads[head] = heads.get(head, 0) + float(weight)
     return heads
+
+
+def _check_flags(flags: Mapping[str, Any]) -> None:
+    for name, flag in flags.items():
+        if flag is not None and type(flag) is not bool:
+            raise ValueError(f"recontrol_{name} is {shown(flag)}; it must be True or False.")
 
 
 def _known(values: Mapping[str, Any], known: list[str], where: str) -> dict[str, Any]:
@@ -152,8 +163,10 @@ def _known(values: Mapping[str, Any], known: list[str], where: str) -> dict[str,
     names = ["recontrol_" + name for name in known]
     for name in values:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where} has no keyword {name!r}; the nearest is {nearest!r}. Ours: {', '.join(names)}.")
+            nearest = difflib.get_close_matches(name[:80], names, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{where} has no keyword {shown(name)}; the nearest is {nearest!r}. Ours: {', '.join(names)}."
+            )
     return {name.removeprefix("recontrol_"): value for name, value in values.items()}
 
 
@@ -171,8 +184,8 @@ def _registered(named: Any, where: str) -> dict[ValueHead, float]:
     weights = {named: 1.0} if isinstance(named, str) else named
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
         raise ValueError(
-            f"The {where} has recontrol_value_head = {named!r}; it must be the name of a registered head, names with "
-            "their weights, or False. Use model.set_recontrol_defaults()."
+            f"The {where} has recontrol_value_head = {shown(named)}; it must be the name of a registered head, names "
+            "with their weights, or False. Use model.set_recontrol_defaults()."
         )
     return _summed((registered_value_head(name, where), weight) for name, weight in weights.items())
 
@@ -185,27 +198,31 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
     said = {name: value for name, value in said.items() if value is not None}
     if value_head is not None and value_head is not False:
         weights = value_head if isinstance(value_head, Mapping) else {value_head: 1.0}
-        heads = [as_value_head(head) for head in weights]
-        keywords = RecontrolKeywords(dict(zip(heads, weights.values(), strict=True)), **said)
-        keywords.request(model, GenerationConfig())  # checks the lot
-        names = [_name(given, head) for given, head in zip(weights, heads, strict=True)]
-        register_value_heads(dict(zip(names, heads, strict=True)))
-        named = dict(zip(names, weights.values(), strict=True))
-        said["value_head"] = named if isinstance(value_head, Mapping) else names[0]
-    elif said:
+        heads = {given: as_value_head(given) for given in weights}
+        keywords = RecontrolKeywords(_summed((heads[given], weight) for given, weight in weights.items()), **said)
+        keywords.request(model, own_config=GenerationConfig())  # checks the lot, without the defaults of before
+        names = {given: _name(given, head) for given, head in heads.items()}
+        register_value_heads({names[given]: head for given, head in heads.items()})
+        named = _summed((names[given], weight) for given, weight in weights.items())
+        said["value_head"] = named if isinstance(value_head, Mapping) else names[value_head]
+    else:
         ControlConfig(**{name: value for name, value in said.items() if name in CONTROL})
+        _check_flags({name: said.get(name) for name in ("strict", "trace")})
     config = model.generation_config
     for name in [name for name in vars(config) if name.startswith("recontrol_")]:
         delattr(config, name)
     for name, value in said.items():
-        setattr(config, f"recontrol_{name}", value)
+        plain = value.item() if hasattr(value, "item") else value  # NumPy's numbers are no JSON
+        setattr(config, f"recontrol_{name}", plain)
     config._from_model_config = False  # else save_pretrained takes it for a copy of the model's config, without ours
 
 
 def _name(given: Any, head: ValueHead) -> str:
     if not isinstance(given, ValueHead):
         return str(os.fspath(given))
-    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in head.state_dict().values()))
+    digest = hashlib.sha256(head.config.to_json_string().encode())
+    for tensor in head.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
     return f"{head.config.reward.name}-{digest.hexdigest()[:8]}"
 
 

@@ -31,13 +31,16 @@ def register_value_heads(
         ValueError, TypeError: a name that is no text of 1 to 512 printable characters, or a head that is none.
         HeadError, HeadUnavailable: a head cannot be read or fetched. Nothing is registered then.
     """
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads is a {type(heads).__name__}; pass a dict from names to heads.")
     for name in heads:
         if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
             raise ValueError(f"A head's name is {shown(name)}; it must be a text of 1 to 512 printable characters.")
     loaded = {name: head if head is None else as_value_head(head, token=token) for name, head in heads.items()}
     for name, head in loaded.items():
-        _REGISTERED.pop(name, None)
-        if head is not None:
+        if head is None:
+            _REGISTERED.pop(name, None)
+        else:
             _REGISTERED[name] = head
 
 

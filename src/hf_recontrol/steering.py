@@ -65,11 +65,12 @@ def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[An
     request = keywords.request(model, configs[0])
     if request.trace:
         raise ValueError("recontrol_trace is for greedy decoding and sampling with generate(), not generate_batch().")
-    config = copy.deepcopy(configs[0] or configs[1])  # has been read: the manager refuses what it would not read
-    for name in [name for name in vars(config) if name.startswith("recontrol_")]:
-        delattr(config, name)
-    args = args[:1]
-    kwargs = {**kwargs, "generation_config": config}
+    config = copy.deepcopy(configs[0] or configs[1])
+    config.recontrol_value_head = False  # it has been read: what it asks for is live, or is not wanted
+    if len(args) > 1:
+        args = (args[0], config, *args[2:])
+    else:
+        kwargs = {**kwargs, "generation_config": config}
     if request.controller is None:
         return run_live(None, stock, *args, **kwargs)
     if kwargs.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
@@ -87,11 +88,12 @@ def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[An
 def steered_manager(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`stock(*args, **kwargs)`, an init_continuous_batching(); its thread gets the control that is live in this one."""
     call = live_call()
-    config = args[0] if args else kwargs.get("generation_config")
-    if call is None and said_by(config or model.generation_config, "generation config").get("value_head"):
+    configs = (args[0] if args else kwargs.get("generation_config"), model.generation_config)
+    named = [said_by(config, "generation config").get("value_head") for config in configs]
+    if call is None and next((name for name in named if name is not None), False) is not False:
         raise ValueError(
-            "A manager of continuous batching is not steered by its generation config. Use generate_batch(), or take "
-            "recontrol_value_head out of the config."
+            "A manager of continuous batching is not steered by its generation config. Use generate_batch(), or set "
+            "recontrol_value_head = False in the config."
         )
     manager = stock(*args, **kwargs)
     if call is not None:
@@ -153,10 +155,12 @@ def _check_traceable(kwargs: Mapping[str, Any], configs: tuple[Any, Any], record
 def _trace(tracer: TraceRecorder, sequences: Tensor, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> Trace:
     token_ids = sequences[:, sequences.shape[1] - tracer.steps :].cpu()
     eos = _setting("eos_token_id", kwargs, configs)
-    ends = [int(token) for token in torch.as_tensor([] if eos is None else eos).flatten()]
+    if eos is None:  # then generate() pads nothing
+        return tracer.trace(token_ids, torch.full((len(token_ids),), token_ids.shape[1]))
+    ends = torch.as_tensor(eos).flatten().cpu()
     pad = _setting("pad_token_id", kwargs, configs)
-    pad = next(iter(ends), -1) if pad is None else int(pad)  # generate() too takes the first EOS
-    padding = (token_ids != pad).flip(-1).cumsum(-1).eq(0).sum(-1)  # at the end of each row
-    if pad in ends:
-        padding = (padding - 1).clamp(min=0)  # the first of them is the row's EOS
-    return tracer.trace(token_ids, token_ids.shape[1] - padding)
+    pad = ends[0] if pad is None else pad  # as generate() has it
+    before_eos = torch.isin(token_ids, ends).cumsum(-1).eq(0).sum(-1)
+    padding = (token_ids != pad).flip(-1).cumsum(-1).eq(0).sum(-1)  # at the end of a row that a stop string ended
+    whole = token_ids.shape[1]
+    return tracer.trace(token_ids, torch.where(before_eos < whole, before_eos + 1, whole - padding))

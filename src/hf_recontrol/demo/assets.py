@@ -74,5 +74,5 @@ class Demo:
         return prompts
 
     def head(self, name: str) -> ValueHead:
-        """One of HEADS, with the control that was chosen for it on the validation prompts."""
+        """One of HEADS, calibrated."""
         return ValueHead.from_pretrained((self.heads_folder or self.folder) / name)
