@@ -41,6 +41,11 @@ LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 GREEDY = {"do_sample": False, "max_new_tokens": 8, **LOGITS}
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def kl_by_hand(logits, base):
     """KL(softmax(logits) ‖ softmax(base)) in float64, (..., 1); a token that is forbidden in both adds nothing."""
     log_p, log_q = torch.log_softmax(logits.double(), -1), torch.log_softmax(base.double(), -1)
@@ -645,3 +650,46 @@ def test_a_step_size_brings_no_bound(model, head):
     steer = {"recontrol_value_head": head, "recontrol_step_size": 20.0, "recontrol_num_steps": 3}
     outputs = model.generate(**prompts(), **GREEDY, **steer)
     assert (measured_kl(model, prompts(), outputs) > 1).any()
+
+
+@pytest.mark.parametrize("reach", [1e6, 1e8, 1e12])
+def test_however_far_the_edit_goes_the_bound_holds(reach):
+    torch.manual_seed(0)
+    base = torch.randn(16, 64)
+    edited = base + reach * torch.randn(16, 64)
+    for max_kl in (1e-3, 0.05, 0.5, 3.0):
+        kl = kl_by_hand(bounded(base, edited, max_kl)[0], base)
+        assert (kl <= max_kl + 1e-4).all()
+        assert (kl >= 0.99 * torch.clamp(kl_by_hand(edited, base), max=max_kl)).all()
+
+
+@pytest.mark.versions
+def test_a_step_size_far_too_large_is_held_back(model, head):
+    steer = {"recontrol_value_head": head, "recontrol_step_size": 1e9, "recontrol_max_kl": MAX_KL}
+    outputs = model.generate(**prompts(), **GREEDY, **steer)
+    assert (measured_kl(model, prompts(), outputs) <= MAX_KL + 1e-4).all()
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("off", [{"recontrol_num_steps": 0}, {"recontrol_step_size": 0.0}], ids=str)
+def test_a_trace_of_no_control_is_the_stock_model_bit_for_bit(model, head, off):
+    expected = model.generate(**prompts(), **GREEDY)
+    actual = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, recontrol_trace=True, **off)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=0)
+    assert (actual.recontrol_trace.kl == 0).all()
+
+
+@pytest.mark.parametrize("keywords", [{"return_dict": False}, {"labels": prompts()["input_ids"]}], ids=str)
+def test_a_forward_whose_loss_would_be_of_two_rows_is_refused(model, head, keywords):
+    controller = Controller(head, ControlConfig(2.0, 3, max_kl=0.05))
+    with pytest.raises(ValueError, match="Compute the loss from the logits"):
+        forward_steered(model, controller, **prompts(), **keywords)
+    assert forward_steered(model, None, **prompts(), labels=prompts()["input_ids"]).loss.isfinite()
+
+
+def test_the_share_carries_no_gradient_and_the_logits_do():
+    base, edited = (torch.randn(2, 64, requires_grad=True) for _ in range(2))
+    logits, scale = bounded(base, edited, 0.01)
+    assert not scale.requires_grad
+    logits.sum().backward()
+    assert edited.grad is not None

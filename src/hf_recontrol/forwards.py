@@ -77,9 +77,17 @@ def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwa
 
     Returns:
         What the model's forward returns.
+
+    Raises:
+        ValueError: `labels` or return_dict=False with a max_kl: the loss would be of plain and edited rows.
     """
     if controller is None:
         return run_live(None, model, **kwargs)
+    if controller.max_kl is not None and (kwargs.get("labels") is not None or kwargs.get("return_dict") is False):
+        raise ValueError(
+            f"max_kl is {controller.max_kl}, which needs the logits of plain and edited rows: labels and "
+            "return_dict=False cannot be had with it. Compute the loss from the logits that are returned."
+        )
     with _enabled(model):
         return run_live(call_for(model, controller), model, **kwargs)
 

@@ -7,7 +7,7 @@ STEPS = 18  # of bisection in log s; leave s within 1.5e-4 of the largest that i
 ELEMENTS_AT_ONCE = 2**17  # logits that fit the cache of a CPU core: 3.8 ms a row of 128k, 3 times as much in one piece
 
 
-def bounded(base: Tensor, edited: Tensor, max_kl: Tensor | float) -> tuple[Tensor, Tensor]:
+def bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
     """Logits of p ∝ p_base^(1−s) · p_edited^s, with the largest s ≤ 1 for which KL(p ‖ p_base) ≤ max_kl at each row.
 
     KL(s) = ∫₀ˢ t Var_t(δ) dt, with δ = edited − base, grows with s. Var ≤ range(δ)²/4 gives KL(s) ≤ (s range)²/8: so
@@ -35,11 +35,19 @@ def bounded(base: Tensor, edited: Tensor, max_kl: Tensor | float) -> tuple[Tenso
     return logits.reshape(*rows, vocabulary), scale.reshape(*rows, 1)
 
 
-def _bounded(base: Tensor, edited: Tensor, max_kl: Tensor | float) -> tuple[Tensor, Tensor]:
+def _bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(base) & torch.isfinite(edited)
+    with torch.no_grad():
+        scale = _share(base, edited, finite, max_kl)
+    return torch.where(finite, torch.lerp(base, edited, scale), base), scale
+
+
+def _share(base: Tensor, edited: Tensor, finite: Tensor, max_kl: float) -> Tensor:
+    """s of each row, (..., 1)."""
     sound = (torch.isfinite(base) == torch.isfinite(edited)).all(-1, keepdim=True)
     log_p = torch.log_softmax(torch.where(finite, base, -1e30), -1)
     delta = torch.where(finite, edited - base, 0.0)
+    # a constant in δ changes nothing, and centred under p less is lost to rounding
     delta = torch.where(finite, delta - (log_p.exp() * delta).sum(-1, keepdim=True), 0.0)
     high = torch.ones_like(delta[..., :1])
     whole = _kl_at(log_p, delta, high) <= max_kl
@@ -51,17 +59,17 @@ def _bounded(base: Tensor, edited: Tensor, max_kl: Tensor | float) -> tuple[Tens
             middle = (low * high).sqrt()
             inside = _kl_at(log_p, delta, middle) <= max_kl
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    scale = torch.where(sound, torch.where(whole, 1.0, low), 0.0).to(base.dtype)
-    return torch.where(finite, torch.lerp(base, edited, scale), base), scale
+    return torch.where(sound, torch.where(whole, 1.0, low), 0.0).to(base.dtype)
 
 
 def _kl_at(log_p: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
-    """KL(p_s ‖ p), p_s ∝ p exp(s δ): s E_s[δ] − log E[exp(s δ)], (..., 1). One exponential for each logit."""
+    """KL(p_s ‖ p) = E_s[log p_s − log p], p_s ∝ p exp(s δ), (..., 1). One exponential for each logit."""
     x = torch.addcmul(log_p, delta, scale)
-    top = x.amax(-1, keepdim=True)
-    weights = (x - top).exp()
+    x = x - x.amax(-1, keepdim=True)
+    weights = x.exp()
     total = weights.sum(-1, keepdim=True)
-    return scale * ((weights * delta).sum(-1, keepdim=True) / total) - total.log() - top
+    # s E_s[δ] − log E[exp(s δ)] is the same, but of a huge δ it is the difference of two huge numbers
+    return (weights * (x - log_p)).sum(-1, keepdim=True) / total - total.log()
 
 
 def kl_divergence(logits: Tensor, base: Tensor) -> Tensor:

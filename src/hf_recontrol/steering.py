@@ -109,8 +109,8 @@ def _run_steered(call: Call, loop: Callable[[], None]) -> None:
 def call_for(model: PreTrainedModel, controller: Controller | None, recorder: Recorder | None = None) -> Call:
     """The call that applies `controller` and `recorder` to the model's forwards."""
     owner = lm_head_owner(model)
-    if controller is None or controller.is_identity:  # no step: nothing to merge
-        return Call(None if controller is None else controller.edit, recorder, owner)
+    if controller is None or controller.is_identity:
+        return Call(None, recorder, owner)
     return Call(controller.edit, recorder, owner, controller.max_kl)
 
 
@@ -124,8 +124,9 @@ def check_forward() -> None:
 def _warn_of_unsound(call: Call | None) -> None:
     if call is not None and call.unsound is not None and int(call.unsound):
         warnings.warn(
-            f"{int(call.unsound)} hidden states were not finite, or would not have been after the edit, and were left "
-            "unedited; those tokens are unguided. Is the model's dtype too narrow, or the step size huge?",
+            f"{int(call.unsound)} hidden states were not finite, or they or their logits would not have been after "
+            "the edit, and were left unedited; those tokens are unguided. Is the model's dtype too narrow, or the step "
+            "size huge?",
             UserWarning,
             stacklevel=4,
         )
