@@ -97,6 +97,25 @@ def test_a_calibrated_head_keeps_its_table_and_steers_by_its_strength_unless_tol
     assert not torch.equal(outputs[0][0], outputs[2][0])
 
 
+def test_a_table_holds_for_the_steps_it_was_made_at_whatever_the_head_says_later():
+    model, head = tiny_model(), tiny_head()
+    states = own_states(model)
+    calibrate(head, model, states)
+    head.config.control.num_steps = 10
+    controller = Controller(head, ControlConfig(strength=0.1))
+    assert (controller.num_steps, mean_kl(controller, model, states, 0.4)) == (10, pytest.approx(0.1, rel=0.05))
+
+
+def test_a_head_with_a_bound_of_its_own_is_calibrated_under_it():
+    model, head = tiny_model(), tiny_head()
+    head.config.control.max_kl = 0.5
+    states = own_states(model)
+    calibrate(head, model, states)
+    controller = Controller(head, ControlConfig(strength=0.4))
+    assert controller.max_kl == 0.5
+    assert mean_kl(controller, model, states, 0.5) == pytest.approx(0.4, rel=0.05)
+
+
 def test_the_state_of_the_model_and_the_random_numbers_are_left_alone():
     model, head = tiny_model().train(), tiny_head()
     states, random_state = torch.randn(50, 16), torch.get_rng_state()

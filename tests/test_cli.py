@@ -64,6 +64,7 @@ def test_any_head_can_be_calibrated_from_prompts(tmp_path):
     control = json.loads((tmp_path / "head" / "config.json").read_text(encoding="utf-8"))["control"]
     assert [kl for kl, _ in control["calibration"]] == [0.02, 0.05, 0.1, 0.2, 0.4]
     assert all(f"{step_size:.4g}" in process.stdout for _, step_size in control["calibration"])
+    assert "0.1 nats a token" in (tmp_path / "head" / "README.md").read_text(encoding="utf-8")
     steered = run("generate", MODEL, "the film", "--value-head", str(tmp_path / "head"), "--strength", "0.3")
     assert steered.returncode == 0, steered.stderr
 
@@ -72,7 +73,7 @@ def test_any_head_can_be_calibrated_from_prompts(tmp_path):
     ("arguments", "words"),
     [
         (("info", "no/such-folder/here"), "no/such-folder/here"),
-        (("generate", MODEL, "the film", "--step-size", "1"), "no recontrol_value_head"),
+        (("generate", MODEL, "the film", "--step-size", "1"), "Pass --value-head"),
         (("generate", MODEL, "the film", "--value-head", "OTHER"), "8 wide"),
         (("generate", MODEL, "the film", "--value-head", "HEAD", "--num-steps", "2000"), "0 to 1024"),
         (("generate", MODEL, "the film", "--value-head", "HEAD", "--strength", "9"), "calibrated up to 0.4"),

@@ -261,7 +261,7 @@ def test_the_weights_of_two_equal_heads_add_up():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("weight", [0, 0.0, nan, inf, True, "1", None, torch.tensor(1.0)])
+@pytest.mark.parametrize("weight", [0, 0.0, nan, inf, True, "1", None, torch.tensor(1.0), 10**400])
 def test_a_weight_that_is_no_number_or_does_nothing_is_refused(weight):
     with pytest.raises(ValueError, match=r"weight is .* finite number other than 0"):
         Controller({tiny_head(): 1.0, tiny_head(1): weight})
@@ -272,6 +272,9 @@ def test_what_makes_no_sum_of_heads_is_refused():
         Controller({})
     with pytest.raises(TypeError, match="A str was given for a head"):
         Controller({"user/head": 1.0})
+    for wrong in (None, "user/head", [tiny_head()]):
+        with pytest.raises(TypeError, match=f"a dict {{ValueHead: weight}}, not a {type(wrong).__name__}"):
+            Controller(wrong)
     with pytest.raises(ValueError, match=r"float32.*float64.*of one dtype"):
         Controller({tiny_head(): 1.0, tiny_head(1).double(): 1.0})
     with pytest.raises(HeadMismatch, match=r"8 wide .* 16 wide"):
@@ -368,6 +371,10 @@ def test_a_target_is_of_one_head_of_weight_one():
         with pytest.raises(ValueError, match=r"target_value is 1\.0.*Give one head of weight 1"):
             Controller(heads, config)
     Controller({tiny_head(): 1.0}, config)
+    with_its_own = tiny_head(2)
+    with_its_own.config.control.target_value = 2.0
+    with pytest.raises(ValueError, match=r"target_value is 2\.0.*also the heads' own"):
+        Controller({tiny_head(): 1.0, with_its_own: 1.0})
 
 
 # The bound on the norm, and the penalty
@@ -399,6 +406,11 @@ def test_the_bound_on_the_norm_keeps_the_direction():
     torch.testing.assert_close(torch.cosine_similarity(u, gradient), torch.ones(10))
 
 
+def test_the_bound_on_the_norm_holds_a_step_of_any_size():
+    u = Controller(tiny_head(), ControlConfig(1e30, 1, max_relative_norm=0.1)).control(torch.ones(1, 16))
+    torch.testing.assert_close(u.norm(dim=-1), torch.tensor([0.4]))  # not 0: ‖u‖² is infinite in float32
+
+
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_an_infinite_bound_is_none_bit_for_bit(layers):
     head, hidden_states = tiny_head(num_hidden_layers=layers), torch.randn(10, 16)
@@ -426,9 +438,9 @@ def test_with_a_penalty_the_ascent_ends_where_the_gradient_is_twice_lambda_u(lay
 TABLE = [[0.02, 0.1], [0.1, 0.3], [0.4, 2.0]]
 
 
-def calibrated(seed=0, *, table=TABLE, num_steps=30, **config):
+def calibrated(seed=0, *, table=TABLE, num_steps=30, calibrated_at=None, **config):
     head = tiny_head(seed, **config)
-    head.config.control = ControlDefaults(num_steps=num_steps, calibration=table)
+    head.config.control = ControlDefaults(num_steps=num_steps, calibration=table, calibration_num_steps=calibrated_at)
     return head
 
 
@@ -460,6 +472,14 @@ def test_another_number_of_steps_keeps_their_product_with_the_step_size(num_step
     for strength in (0.01, 0.05, 0.1, 0.4):
         product = num_steps * step_size_for(strength, table, num_steps)
         assert product == pytest.approx(30 * step_size_for(strength, table, 30), rel=1e-12)
+
+
+def test_a_calibration_keeps_the_number_of_steps_that_it_was_made_at():
+    made_at_ten = ControlDefaults(calibration=TABLE, calibration_num_steps=10, num_steps=30)
+    assert 30 * step_size_for(0.1, made_at_ten, 30) == pytest.approx(10 * 0.3)
+    head = calibrated(calibrated_at=10)
+    assert Controller(head, ControlConfig(strength=0.1)).step_size == pytest.approx(0.1)
+    assert Controller(head, ControlConfig(strength=0.1, num_steps=5)).step_size == pytest.approx(0.6)
 
 
 def test_a_table_of_one_entry_is_enough_below_it():
@@ -529,7 +549,7 @@ WRONG = {
     "regularization": [-1e-9, -inf],
     "target_value": [-inf],
 }
-NO_NUMBERS = [True, False, "1", "", nan, 1j, [1.0], (), torch.tensor(1.0), np.array(1.0)]
+NO_NUMBERS = [True, False, "1", "", nan, 1j, [1.0], (), torch.tensor(1.0), np.array(1.0), 10**400]
 INFINITE = ("max_kl", "max_relative_norm")  # of these, inf is no bound
 
 
@@ -610,6 +630,7 @@ def test_a_step_size_hides_a_strength_below_it_and_the_other_way_round():
         ),
         *(("regularization", value) for value in (-0.1, inf, nan, "1", True, None)),
         *(("target_value", value) for value in (inf, nan, "1", 10**400)),
+        *(("calibration_num_steps", value) for value in (0, -1, 1025, 1.0, "3", True)),
         *(("calibration", value) for value in (None, {}, "table", 3, [0.1, 0.2], [[0.1]], [[0.1, 0.2, 0.3]])),
         *(("calibration", value) for value in ([["0.1", 0.2]], [[True, 0.2]], [[0.1, None]], [[[], []]])),
         *(("calibration", value) for value in ([[0, 0.1]], [[0.1, 0]], [[-0.1, 0.1]], [[nan, 0.1]], [[0.1, inf]])),
@@ -631,6 +652,12 @@ def test_a_heads_own_strength_needs_a_calibration():
     ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"strength": 0.1, "calibration": TABLE}})
 
 
+def test_a_calibration_is_of_some_steps():
+    """n · α is kept, and 0 · α is nothing: a strength with num_steps in the call would steer by 0 in silence."""
+    with pytest.raises(HeadError, match=r"control\.calibration.*num_steps = 0"):
+        ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"calibration": TABLE, "num_steps": 0}})
+
+
 def test_a_calibration_has_at_most_32_entries():
     table = [[float(i), float(i)] for i in range(1, 33)]
     ValueHeadConfig.from_dict({"hidden_size": 8, "control": {"calibration": table}})
@@ -647,6 +674,7 @@ def test_a_heads_own_control_is_saved_and_loaded(tmp_path):
         regularization=0.125,
         target_value=-2.0,
         calibration=TABLE,
+        calibration_num_steps=7,
     )
     head.save_pretrained(tmp_path)
     loaded = ValueHead.from_pretrained(tmp_path)

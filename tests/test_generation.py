@@ -249,6 +249,23 @@ def test_a_steered_forward_edits_every_position(model, head):
     torch.testing.assert_close(forward_steered(model, None, **inputs).logits, model(**inputs).logits, rtol=0, atol=0)
 
 
+def test_measuring_through_a_wrapper_leaves_the_model_enabled(model, head):
+    model.set_recontrol_defaults(head, step_size=2.0, num_steps=3)
+    expected = model.generate(**prompts(), **GREEDY)
+    forward_steered(torch.compile(model, backend="eager"), Controller(head, STEERING), **prompts())
+    assert model.generate(**prompts(), **GREEDY).tolist() == expected.tolist()
+    assert isinstance(model, RecontrolGenerationMixin)
+
+
+def test_a_peft_model_is_enabled_by_the_model_inside(head):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    expected = decode_by_hand(wrapped.get_base_model(), Controller(head, STEERING), steps=8, **prompts())
+    assert enable_recontrol(wrapped) is wrapped
+    steered = wrapped.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER)
+    assert steered.tolist() == expected.tolist()
+
+
 def test_enabling_keeps_what_others_rely_on(model, head, tmp_path):
     expected = model.generate(**prompts(), **GREEDY, recontrol_value_head=head, **STEER)
     assert isinstance(model, LlamaForCausalLM)

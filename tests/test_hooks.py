@@ -321,6 +321,7 @@ def test_continuous_batching_that_cannot_be_steered_is_refused_not_plain(monkeyp
     with pytest.raises(ValueError, match="not steered by its generation config"):
         model.init_continuous_batching(config)
     assert model.generate_batch([], config, recontrol_value_head=False) == {}
+    assert model.generate_batch([], **steer) == {}
 
     def by_its_weight(self, input_ids, logits_to_keep, **kwargs):
         hidden_states = self.model(input_ids, **kwargs)[0][:, logits_to_keep]

@@ -8,6 +8,7 @@ import sys
 import threading
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from hub_server import READ_TOKEN
@@ -19,6 +20,7 @@ from transformers import (
     CompileConfig,
     GenerationConfig,
     LlamaForCausalLM,
+    StoppingCriteriaList,
     T5Config,
     T5ForConditionalGeneration,
     pipeline,
@@ -32,6 +34,7 @@ from hf_recontrol import (
     HeadMismatch,
     HeadUnavailable,
     RewardScale,
+    SteeringNotApplied,
     ValueHead,
     enable_recontrol,
     register_value_heads,
@@ -39,6 +42,7 @@ from hf_recontrol import (
 )
 from hf_recontrol.forwards import generate_with_hidden_states
 from hf_recontrol.keywords import RecontrolKeywords
+from hf_recontrol.steering import steered_generate_batch
 
 pytestmark = pytest.mark.versions
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -161,6 +165,8 @@ def test_keywords_that_cannot_be_meant_are_refused_before_the_first_token(model,
 def test_keywords_without_a_head_are_refused(model, keywords):
     with pytest.raises(ValueError, match="no recontrol_value_head, so nothing would be steered"):
         model.generate(**prompts(), streamer=NoToken(), **keywords)
+    with pytest.raises(ValueError, match="no recontrol_value_head, so nothing would be steered"):
+        model.generate(**prompts(), streamer=NoToken(), generation_config=named(False), **keywords)
 
 
 # Several heads
@@ -208,6 +214,7 @@ def test_two_names_of_one_head_add_up(model, head, tmp_path):
         ({tiny_head(): 0}, ValueError, r"weight is 0\.0; .* other than 0"),
         ({tiny_head(): "1"}, ValueError, "weight is '1'"),
         ({tiny_head(): nan}, ValueError, "weight is nan"),
+        ({tiny_head(): 10**400}, ValueError, "weight is 1000"),
         ({tiny_head(): 1.0, tiny_head(hidden_size=8): 1.0}, HeadMismatch, r"8 wide .* 16 wide"),
         ([tiny_head(), None, tiny_head()], TypeError, "recontrol_value_head is a list"),  # one for each prompt: not yet
         ((tiny_head(),), TypeError, "recontrol_value_head is a tuple"),
@@ -231,6 +238,11 @@ def test_a_revision_is_of_one_head(model, head, hub, tmp_path):
         tokens(model, recontrol_value_head="user/head")
     expected = tokens(model, recontrol_value_head=head, **STEER)
     assert tokens(model, recontrol_value_head="user/head", recontrol_revision=old, **STEER) == expected
+
+
+def test_a_token_is_of_one_head(model, head):
+    with pytest.raises(ValueError, match="recontrol_token are for one head without a weight"):
+        model.generate(**prompts(), streamer=NoToken(), recontrol_value_head={head: 1.0}, recontrol_token="hf_x")
 
 
 def test_heads_that_differ_in_an_option_need_it_in_the_call_or_a_config(model):
@@ -376,6 +388,28 @@ def test_a_config_that_says_more_than_it_may_is_refused_and_false_still_gives_pl
     with pytest.raises(ValueError, match=r"recontrol_|weight is|is .*; it must be|Give one of the two"):
         model.generate(**prompts(), streamer=NoToken(), **given)
     assert tokens(model, recontrol_value_head=False, pad_token_id=0, **given) == stock_tokens()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({f"recontrol_{name}": 10**400} for name in ("step_size", "strength", "max_relative_norm", "target_value")),
+        {"recontrol_value_head": {"polite": 10**400}},
+        {"recontrol_value_head": {"polite": "x", "kind": 1.0}},  # two names of one head: their sum is none
+        {"recontrol_value_head": ["x" * 10**6]},
+        {"recontrol_value_head": "x" * 10**6},
+        {"recontrol_step_size": "x" * 10**6},
+        {"recontrol_strict": "x" * 10**6},
+        {"recontrol_" + "x" * 10**6: 1},
+    ],
+    ids=lambda said: f"{next(iter(said))[:30]}",
+)
+def test_what_a_hostile_config_says_is_no_crash_and_is_not_repeated_at_length(model, head, said):
+    register_value_heads({"polite": head, "kind": head})
+    config = GenerationConfig(**({"recontrol_value_head": "polite"} | said))
+    with pytest.raises(ValueError, match=r"recontrol_|weight|must be") as caught:
+        model.generate(**prompts(), streamer=NoToken(), generation_config=config)
+    assert len(str(caught.value)) < 1000
 
 
 # Who wins: the call, then the given config, then the model's defaults, then the head
@@ -529,9 +563,9 @@ def test_defaults_are_stored_replaced_and_cleared_and_the_rest_of_the_config_sta
         (calibrated(), {"strength": 0.5}, r"up to 0\.4"),
         (calibrated(), {"strength": 0.1, "step_size": 0.1}, "Give one of the two"),
         (tiny_head(), {"step_size": -1}, "step_size is -1"),
-        (tiny_head(), {"stepsize": 1.0}, "nearest is 'recontrol_step_size'"),
-        (tiny_head(), {"config": STEERING}, "set_recontrol_defaults\\(\\) has no keyword 'recontrol_config'"),
-        (tiny_head(), {"token": "hf_x"}, "no keyword 'recontrol_token'"),
+        (tiny_head(), {"stepsize": 1.0}, r"no keyword 'stepsize'\. It has value_head, step_size"),
+        (tiny_head(), {"config": STEERING}, "no keyword 'config'"),
+        (tiny_head(), {"token": "hf_x"}, "no keyword 'token'"),
         (tiny_head(), {"strict": "yes"}, "recontrol_strict is 'yes'"),
         (tiny_head(), {"trace": 1}, "recontrol_trace is 1"),
         (tiny_head(), {"strict": True}, "asks for the same Hub id"),
@@ -542,7 +576,9 @@ def test_defaults_are_stored_replaced_and_cleared_and_the_rest_of_the_config_sta
         (3, {}, "recontrol_value_head is a int"),
         ("./no/such/folder", {}, "no/such/folder"),
         (None, {"step_size": -1}, "step_size is -1"),
-        (None, {"num_step": 1}, "nearest is 'recontrol_num_steps'"),
+        (None, {"num_step": 1}, "no keyword 'num_step'"),
+        (None, {"strict": "yes"}, "recontrol_strict is 'yes'"),
+        (None, {"trace": 1}, "recontrol_trace is 1"),
     ],
     ids=str,
 )
@@ -553,6 +589,32 @@ def test_bad_defaults_are_refused_and_the_old_ones_stay(model, head, value_head,
         model.set_recontrol_defaults(value_head, **defaults)
     assert defaults_of(model) == before
     assert registered == registry._REGISTERED
+
+
+def test_new_defaults_are_checked_without_the_old_ones(model, head):
+    model.set_recontrol_defaults(calibrated(), strength=0.1)
+    model.set_recontrol_defaults(head)  # not calibrated, and need not be
+    model.set_recontrol_defaults(head, num_steps=3)
+    heads = {tiny_head(1): 1.0, calibrated(2): 1.0}
+    with pytest.raises(ValueError, match="differ in their num_steps"):  # the num_steps of before will be gone
+        model.set_recontrol_defaults(heads)
+
+
+def test_the_weights_of_one_head_add_up_in_defaults_too(model, head, tmp_path):
+    expected = tokens(model, recontrol_value_head={head: 3.0}, **STEER)
+    model.set_recontrol_defaults({head: 1.0, copy.deepcopy(head): 2.0}, step_size=2.0, num_steps=3)
+    assert tokens(model) == expected
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match=r"weight is 0\.0"):
+        model.set_recontrol_defaults({tmp_path / "head": 1.0, f"{tmp_path}/./head": -1.0})
+    assert tokens(model) == expected
+
+
+def test_defaults_in_numpys_numbers_are_saved(model, head, tmp_path):
+    model.set_recontrol_defaults({head: np.float32(0.5)}, num_steps=np.int64(3), step_size=np.float32(2.0))
+    model.save_pretrained(tmp_path)
+    loaded = enable_recontrol(LlamaForCausalLM.from_pretrained(tmp_path))
+    assert tokens(loaded) == tokens(model, recontrol_value_head={head: 0.5}, **STEER) != stock_tokens()
 
 
 def test_defaults_go_with_a_saved_model_and_their_heads_must_be_registered_again(model, head, tmp_path, monkeypatch):
@@ -609,6 +671,21 @@ def test_a_head_without_a_name_gets_one_from_its_reward_and_weights():
     assert names[0] == names[1] != names[2]
     assert names[0].startswith("reward-")
     assert names[3].startswith("brevity-")
+
+
+@pytest.mark.parametrize("difference", ["activation", "control", "reward"])
+def test_heads_that_differ_in_their_config_only_have_names_of_their_own(head, difference):
+    other = copy.deepcopy(head)
+    if difference == "activation":
+        other.config.hidden_act = "tanh"
+    elif difference == "control":
+        other.config.control.num_steps = 1
+    else:
+        other.config.reward.std = 9.0
+    models = [enable_recontrol(tiny_model()) for _ in range(2)]
+    for model, one in zip(models, (head, other), strict=True):
+        model.set_recontrol_defaults(one)
+    assert [asked(model).controller.heads for model in models] == [[head], [other]]
 
 
 def test_several_heads_are_defaults_by_folder_id_and_object(model, head, hub, tmp_path):
@@ -681,7 +758,7 @@ def test_batches_obey_and_refuse_configs_as_generate_does(model, head):
     assert batch(named(), recontrol_value_head=False) == plain
     for config, words in (
         (named("stranger"), "'stranger', which is not registered"),
-        (named(step_size="1"), "step_size is '1'"),
+        (named(step_size="1"), "In the given generation config: step_size is '1'"),
         (named(token="x"), "no keyword 'recontrol_token'"),
         (named(trace=True), "recontrol_trace is for greedy decoding"),
         (named(strict=True), "asks for the same Hub id"),
@@ -690,8 +767,22 @@ def test_batches_obey_and_refuse_configs_as_generate_does(model, head):
             batch(config)
     with pytest.raises(ValueError, match="persistent_manager"):
         model.generate_batch(texts, persistent_manager=True)
-    with pytest.raises(ValueError, match="not steered by its generation config"):
-        model.init_continuous_batching()
+    for given in ([], [GenerationConfig(**settings)], [named("polite")]):
+        with pytest.raises(ValueError, match="not steered by its generation config"):
+            model.init_continuous_batching(*given)
+
+
+def test_batches_pass_on_what_is_given_by_position(model, head):
+    batching, seen = small_batches(), []
+
+    def stock(inputs, generation_config, *rest):
+        seen.append((inputs, generation_config.max_new_tokens, *rest))
+
+    steer = {"recontrol_value_head": head}
+    steered_generate_batch(stock, model, ([[1, 5]], GenerationConfig(**GREEDY), batching, True), {})
+    with pytest.raises(SteeringNotApplied, match="went by our hooks"):  # by this stock, which runs no forward
+        steered_generate_batch(stock, model, ([[1, 5]], GenerationConfig(**GREEDY), batching, True), steer)
+    assert seen == [([[1, 5]], 8, batching, True)] * 2
 
 
 def test_a_config_may_ask_for_strictness(model):
@@ -724,6 +815,8 @@ def test_registering_is_all_or_nothing(head, tmp_path):
             with pytest.raises(error):
                 register_value_heads({name: bad if name == "bad" else other for name in names})
             assert list(registry._REGISTERED.items()) == [("polite", head)]
+    with pytest.raises(TypeError, match="pass a dict from names to heads"):
+        register_value_heads(["polite"])
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "x" * 513, 3, None, ("polite",)])
@@ -743,6 +836,25 @@ def test_a_name_is_replaced_and_taken_off(model, head):
     with pytest.raises(ValueError, match=r"'polite', which is not registered .*\(registered: 'brief', "):
         asked(model, named())
     assert asked(model, named("brief")).controller.heads == [other]
+
+
+def test_a_name_that_is_replaced_is_there_at_every_moment():
+    """At every line of register_value_heads: another thread may generate just then."""
+    register_value_heads({"polite": tiny_head(1)})
+    there = []
+
+    def watch(frame, event, argument):
+        there.append("polite" in registry._REGISTERED)
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        register_value_heads({"polite": tiny_head(2)})
+    finally:
+        sys.settrace(before)
+    assert len(there) > 10
+    assert all(there)
 
 
 def test_a_registered_head_stays_what_it_was_when_its_folder_changes(model, head, tmp_path):
@@ -936,6 +1048,41 @@ def test_after_a_rows_end_a_trace_has_no_figures(model, head, pad):
         assert figures.isnan().tolist() == ended.tolist()
         torch.testing.assert_close(figures[~ended], getattr(expected, name)[:, :width][~ended], rtol=0, atol=1e-4)
     assert not trace.capped.any()
+
+
+@pytest.mark.parametrize("pad", ["the first EOS", "no token"])
+def test_a_row_may_end_at_another_eos_than_the_padding(model, head, pad):
+    """As chat models do: EOS is [<end of text>, <end of turn>], and the padding the first of them."""
+    new = traced(model, head)[0][:, -8:].tolist()
+    unused = next(token for token in range(64) if not any(token in row for row in new))
+    model.generation_config.pad_token_id = unused if pad == "the first EOS" else None
+    _, trace = traced(model, head, eos_token_id=[unused, new[0][3]])
+    lengths = [min([*row, new[0][3]].index(new[0][3]) + 1, 8) for row in new]
+    assert trace.lengths.tolist() == lengths
+    assert len(set(lengths)) > 1
+
+
+def test_a_row_may_end_before_any_eos(model, head):
+    """As stop strings end it; generate() pads it then, if there is an EOS at all."""
+    new = traced(model, head)[0][:, -8:].tolist()
+    eos, pad = [token for token in range(64) if not any(token in row for row in new)][:2]
+    last = next(token for token in new[0][2:6] if len({[*row, token].index(token) for row in new}) > 1)
+    model.generation_config.pad_token_id = pad
+
+    def stop(input_ids, scores, **kwargs):
+        return (input_ids[:, 5:] == last).any(-1)
+
+    _, trace = traced(model, head, eos_token_id=eos, stopping_criteria=StoppingCriteriaList([stop]))
+    assert trace.lengths.tolist() == [min([*row, last].index(last) + 1, 8) for row in new]
+    assert trace.token_ids[0, trace.lengths[0] - 1] == last
+
+
+def test_without_an_eos_a_padding_token_is_a_token(model, head):
+    endless, _ = traced(model, head)
+    model.generation_config.pad_token_id = int(endless[0, -1])
+    _, trace = traced(model, head)
+    assert trace.lengths.tolist() == [8, 8, 8]
+    assert not trace.kl.isnan().any()
 
 
 def test_a_trace_marks_the_rows_that_are_left_unedited():

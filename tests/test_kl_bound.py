@@ -663,6 +663,13 @@ def test_however_far_the_edit_goes_the_bound_holds(reach):
         assert (kl >= 0.99 * torch.clamp(kl_by_hand(edited, base), max=max_kl)).all()
 
 
+def test_an_edit_whose_difference_overflows_leaves_its_row_base():
+    base, edited = torch.tensor([[-3e38, 0.0, 1.0]] * 2), torch.tensor([[3e38, 0.0, 1.0], [-3e38, 0.1, 1.0]])
+    logits, scale = bounded(base, edited, 0.05)
+    torch.testing.assert_close(logits, torch.stack([base[0], edited[1]]), rtol=0, atol=0)
+    assert scale.tolist() == [[0.0], [1.0]]
+
+
 @pytest.mark.versions
 def test_a_step_size_far_too_large_is_held_back(model, head):
     steer = {"recontrol_value_head": head, "recontrol_step_size": 1e9, "recontrol_max_kl": MAX_KL}

@@ -270,6 +270,17 @@ def test_a_base_model_calibrates_the_final_head_on_held_out_states(tmp_path, rol
     assert again.model.config.control.strength is None
 
 
+def test_a_head_that_cannot_be_calibrated_is_trained_all_the_same(tmp_path, rollouts):
+    base_model = tiny_model(hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1)
+    head = new_head()
+    head.config.control.max_relative_norm = 1e-4
+    trainer = RecontrolTrainer(head, arguments(tmp_path), train_dataset=rollouts[0], base_model=base_model)
+    with pytest.warns(UserWarning, match=r"trained, but not calibrated.*hf-recontrol tune --calibrate"):
+        trainer.train()
+    assert head.config.control.calibration == []
+    assert head.config.info["training"]["steps"] > 0
+
+
 def test_a_base_model_that_does_not_fit_is_refused_before_training(tmp_path, rollouts):
     with pytest.raises(HeadMismatch, match=r"4 wide .* are 16 wide"):
         RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=rollouts[0], base_model=tiny_model())

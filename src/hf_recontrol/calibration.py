@@ -31,8 +31,9 @@ def calibrate(head: ValueHead, model: PreTrainedModel, hidden_states: Tensor) ->
     """Write into head.config.control the step sizes that spend 0.02, 0.05, 0.1, 0.2, 0.4 nats a token, and a strength.
 
     α does not carry over between heads or models: it is in units of the hidden state per unit of ∇V. The mean KL per
-    token of KL(p ‖ p_base) does. It is measured at the head's own n and other control options, with each token held at
-    4 × the mean as max_kl will hold it. The default strength becomes 0.1, and step_size the one that belongs to it.
+    token, KL(p ‖ p_base), does. It is measured at the head's own n and other control options, with each token held at
+    the head's max_kl, or at 4 × the mean as generate() will hold it. The default strength becomes 0.1, and step_size
+    the one that belongs to it.
 
     Args:
         head: changed in place: config.control, and config.info["calibration"].
@@ -46,7 +47,7 @@ def calibrate(head: ValueHead, model: PreTrainedModel, hidden_states: Tensor) ->
             everywhere, or its control is held down by a norm cap, λ or a target value).
     """
     head.check_width(hidden_states.shape[-1], "the states")
-    check_base_model(head, model)
+    check_base_model(head, model, stacklevel=3)
     states = hidden_states[hidden_states.isfinite().all(-1)]
     if not len(states) or head.config.control.num_steps == 0:
         raise ValueError(
@@ -60,6 +61,7 @@ def calibrate(head: ValueHead, model: PreTrainedModel, hidden_states: Tensor) ->
             step_size = _step_size_at(head, model, states, strength, step_size)
             table.append((strength, step_size))
     control = head.config.control
+    control.calibration_num_steps = control.num_steps
     control.calibration, control.strength = [list(pair) for pair in table], DEFAULT_STRENGTH
     control.step_size = dict(table)[DEFAULT_STRENGTH]
     head.config.info["calibration"] = {"states": len(states)}
@@ -110,7 +112,7 @@ def _step_size_at(head: ValueHead, model: PreTrainedModel, states: Tensor, stren
     tried: list[tuple[float, float]] = []
     for _ in range(MAX_TRIALS):
         controller = Controller(head, ControlConfig(step_size=step_size))
-        kl = mean_kl(controller, model, states, BELT * strength)
+        kl = mean_kl(controller, model, states, head.config.control.max_kl or BELT * strength)
         if abs(kl / strength - 1) < TOLERANCE:
             return step_size
         if not 0 < kl < math.inf:

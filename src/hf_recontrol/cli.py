@@ -1,4 +1,4 @@
-"""hf-recontrol: the demo, steered text from any model, and what a head's folder or repository holds."""
+"""hf-recontrol: the demo, steered text from any model, calibration of a head, and what a head's folder holds."""
 
 import json
 import os
@@ -82,6 +82,8 @@ def generate(
 
     keywords: dict[str, object] = {"value_head": value_head, "strength": strength, "max_kl": max_kl}
     keywords |= {"step_size": step_size, "num_steps": num_steps, "revision": revision, "trace": trace or None}
+    if value_head is None and any(value is not None for value in keywords.values()):
+        raise ValueError("Options were given that steer, but no head. Pass --value-head, or leave the others out.")
     given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     language_model, tokenizer = _model_and_tokenizer(model)
@@ -133,8 +135,10 @@ def tune(
     if prompts is not None:
         dataset = _answers_to(prompts, language_model, tokenizer, max_new_tokens)
     states = sample_states(dataset)
+    card = Path(output or head) / "README.md"
+    as_written = card.is_file() and card.read_text(encoding="utf-8") == value_head.model_card()
     calibrate_head(value_head, language_model, states)
-    value_head.save_pretrained(output or head)
+    value_head.save_pretrained(output or head, replace_model_card=as_written)  # one edited by hand stays
     typer.echo(f"On {len(states)} states, at n = {value_head.config.control.num_steps}:")
     for kl, step_size in value_head.config.control.calibration:
         typer.echo(f"{kl:8g} nats a token: step size {step_size:.4g}")

@@ -120,8 +120,9 @@ def step_size_for(strength: float, control: ControlDefaults, num_steps: int) -> 
     """The α that spends `strength` nats a token, by the head's calibration.
 
     Linear in log KL and log α between the table's entries. Below the first, α grows with the root of the KL, as it does
-    for every small shift. With another number of steps than the head's, n · α is kept: the ascent follows the same
-    path, in finer or coarser steps. Very coarse ones leave it: at n = 1 the KL may be a quarter off.
+    for every small shift. With another number of steps than it was calibrated at, n · α is kept: the ascent follows the
+    same path, in finer or coarser steps. Very coarse ones leave it: at n = 1 the KL may be a quarter off. Less is spent
+    where λ, a norm cap or a target value, which the calibration did not have, hold the control back.
 
     Raises:
         ValueError: the head is not calibrated, or not so far.
@@ -138,7 +139,8 @@ def step_size_for(strength: float, control: ControlDefaults, num_steps: int) -> 
             f"strength is {strength}, but the head is calibrated up to {table[-1][0]} nats a token. Pass that or less, "
             "or a step_size; texts beyond it tend to fall apart."
         )
-    rate: float = control.num_steps / num_steps if num_steps else 0.0
+    calibrated_at = control.calibration_num_steps or control.num_steps
+    rate: float = calibrated_at / num_steps if num_steps else 0.0
     if strength <= table[0][0]:
         return float(rate * table[0][1] * math.sqrt(strength / table[0][0]))
     low, high = next(pair for pair in pairwise(table) if strength <= pair[1][0])

@@ -190,7 +190,8 @@ def fit_linear_head(
     head = ValueHead(ValueHeadConfig(hidden_size=len(weight), num_hidden_layers=0, reward=scale))
     tensors = {"input_mean": moments.mean, "input_std": moments.std, "layers.0.weight": weight[None]}
     head.load_state_dict(tensors | {"layers.0.bias": torch.tensor([moments.mean_return])})
-    head.config.control.num_steps = 1  # the gradient is constant: more steps go nowhere else
+    control = head.config.control  # the gradient is constant: one step goes where the default's thirty do
+    control.num_steps, control.step_size = 1, control.num_steps * control.step_size
     set_names(head.config, train_dataset)
     head.config.info["training"] = {
         "recipe": "ridge regression in closed form",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .control import Controller
 from .errors import SteeringNotApplied
-from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
+from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol, unwrapped
 from .hooks import Call, HiddenStates, lm_head_owner, run_live
 from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 
@@ -20,7 +20,7 @@ from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 @contextmanager
 def _enabled(model: PreTrainedModel) -> Iterator[None]:
     """The model enabled for the time, and left as it was found."""
-    was_enabled = isinstance(model, RecontrolGenerationMixin)
+    was_enabled = isinstance(unwrapped(model), RecontrolGenerationMixin)
     enable_recontrol(model)
     try:
         yield

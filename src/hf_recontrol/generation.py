@@ -105,7 +105,7 @@ def enable_recontrol(model: Any = None) -> Any:
     if model is None:
         _patch_generation_mixin()
         return None
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     if "generate" in vars(inner):
         raise ValueError(
             f"This {type(inner).__name__} has a generate() of its own (a custom_generate repository loaded with "
@@ -119,13 +119,16 @@ def enable_recontrol(model: Any = None) -> Any:
 
 
 def disable_recontrol(model: Any = None) -> Any:
-    """Undo `enable_recontrol`: the stock class and no hooks. None undoes `enable_recontrol()`. Returns the model."""
+    """Undo `enable_recontrol`: the stock class and no hooks. None undoes `enable_recontrol()`. Returns the model.
+
+    Defaults stay in model.generation_config, where stock generate() ignores them; set_recontrol_defaults() clears them.
+    """
     if model is None:
         for name, stock in _PATCHED.items():
             setattr(GenerationMixin, name, stock)
         _PATCHED.clear()
         return None
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     stock = vars(type(inner)).get("_recontrol_stock_class")
     if stock is not None:
         inner.__class__ = stock
@@ -133,12 +136,12 @@ def disable_recontrol(model: Any = None) -> Any:
     return model
 
 
-def _unwrap(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The transformers model inside a compiled model or a PeftModel."""
     while not isinstance(model, PreTrainedModel):
-        inside = (
-            getattr(model, "_orig_mod", None) or getattr(model, "base_model", None) or getattr(model, "model", None)
-        )
+        inside = getattr(model, "_orig_mod", None)  # of torch.compile
+        if inside is None and hasattr(model, "get_base_model"):  # of PEFT; base_model is one level too deep
+            inside = model.get_base_model()
         if inside is None:
             raise TypeError(f"enable_recontrol() takes a transformers model, not a {type(model).__name__}.")
         model = inside

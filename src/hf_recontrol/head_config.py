@@ -38,8 +38,10 @@ class ControlDefaults:
     target_value: float | None = None
     """Value to steer to, from either side, in raw units of the reward. None: as high as the steps reach."""
     calibration: list[list[float]] = field(default_factory=list)
-    """Pairs [mean KL per token in nats, step_size that gives it at num_steps steps], both rising, at most 32. The KL is
-    measured on the base model's own states with each token held at 4 × the mean; empty: not calibrated."""
+    """Pairs [mean KL per token in nats, step_size that gives it], both rising, at most 32. The KL is measured on the
+    base model's own states with each token held at 4 × the mean; empty: not calibrated."""
+    calibration_num_steps: int | None = None
+    """n that the calibration was made at, 1 to 1024; num_steps where None."""
 
 
 @dataclass
@@ -217,7 +219,10 @@ def _check_control(control: ControlDefaults) -> None:
             _check_number("control.calibration", number, 1e-30)
         rises = all(one < other for one, other in pairwise(column))
         _check("control.calibration", table, rises, "pairs whose numbers rise")
-    _check("control.calibration", table, not table or control.num_steps > 0, "none at num_steps = 0")
+    steps = control.calibration_num_steps
+    if steps is not None:
+        _check_integer("control.calibration_num_steps", steps, 1, MAX_STEPS)
+    _check("control.calibration", table, not table or bool(steps or control.num_steps), "none at num_steps = 0")
     calibrated = control.strength is None or bool(table)
     _check("control.strength", control.strength, calibrated, "None, for there is no calibration to read it from")
 

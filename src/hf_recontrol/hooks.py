@@ -33,7 +33,7 @@ _THREAD = _Thread()
 class _Live:
     """Owned by nothing but the value stack of `run_live`: it dies with the call, whatever a traceback keeps alive."""
 
-    def __init__(self, call: "Call | None"):
+    def __init__(self, call: "Call"):
         self.call = call
 
 
@@ -51,12 +51,14 @@ def run_live(call: "Call | None", function: Callable[P, R], *args: P.args, **kwa
     """
     outer = _THREAD.live
     try:
+        if call is None:
+            _THREAD.live = None
+            return function(*args, **kwargs)
         # The loop is the lifetime: its iterator, on the value stack, is the only owner of the _Live. A variable of
         # this frame would keep steering on where a notebook keeps the traceback of an interrupt.
         for _THREAD.live in map(weakref.ref, (_Live(call),)):
             result = function(*args, **kwargs)
-            if call is not None:
-                call.finish(live_call())
+            call.finish(live_call())
         return result
     finally:
         _THREAD.live = outer
@@ -123,7 +125,7 @@ class Call:
     def _count(self, unsound: Tensor) -> None:
         if self.unsound is None:
             self.unsound = torch.zeros((), dtype=torch.int64, device=unsound.device)
-        self.unsound.add_(unsound.sum())
+        self.unsound.add_(unsound.sum().to(self.unsound.device))  # the logits may be on another than the LM head
 
     def check(self) -> None:
         """After a forward: raise unless it was applied to. For eager code: hooks themselves never raise.

@@ -97,11 +97,14 @@ class RecontrolKeywords:
             said = said_by(config, f"{where} generation config")
             if heads is None and said.get("value_head") is not None:
                 heads = _registered(said["value_head"], f"{where} generation config")
-            control = control.over(ControlConfig(**{name: said[name] for name in CONTROL if name in said}))
+            try:
+                control = control.over(ControlConfig(**{name: said[name] for name in CONTROL if name in said}))
+            except ValueError as error:
+                raise ValueError(f"In the {where} generation config: {error}") from None
             flags = {name: said.get(name) if flag is None else flag for name, flag in flags.items()}
         _check_flags(flags)
         if not heads:
-            if heads is None and self != RecontrolKeywords():
+            if self != RecontrolKeywords():  # also where a config says False
                 raise ValueError(
                     "generate() was given recontrol_ keywords but no recontrol_value_head, so nothing would be "
                     "steered. Name a head, or leave the others out."
@@ -192,11 +195,15 @@ def _registered(named: Any, where: str) -> dict[ValueHead, float]:
 
 def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str, Any]) -> None:
     """Register the heads, and write what is not None into the model's generation config in place of what was there."""
-    said = _known(
-        {f"recontrol_{name}": value for name, value in defaults.items()}, IN_A_CONFIG, "set_recontrol_defaults()"
-    )
-    said = {name: value for name, value in said.items() if value is not None}
+    if unknown := sorted(defaults.keys() - {*IN_A_CONFIG}):
+        raise ValueError(
+            f"set_recontrol_defaults() has no keyword {unknown[0]!r}. It has {', '.join(IN_A_CONFIG)}, each as "
+            "generate() has it with recontrol_ in front."
+        )
+    said = {name: value for name, value in defaults.items() if value is not None}
     if value_head is not None and value_head is not False:
+        if not isinstance(value_head, str | os.PathLike | ValueHead | Mapping):
+            as_value_head(value_head)  # says what is wrong
         weights = value_head if isinstance(value_head, Mapping) else {value_head: 1.0}
         heads = {given: as_value_head(given) for given in weights}
         keywords = RecontrolKeywords(_summed((heads[given], weight) for given, weight in weights.items()), **said)
@@ -226,7 +233,7 @@ def _name(given: Any, head: ValueHead) -> str:
     return f"{head.config.reward.name}-{digest.hexdigest()[:8]}"
 
 
-def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = False) -> None:
+def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = False, stacklevel: int = 5) -> None:
     """Refuse a head of another width; warn of a head of another base model, or refuse it where `strict`.
 
     Raises:
@@ -248,7 +255,7 @@ def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = 
             f"{pair}; its values may mean nothing there. If the two share their weights, silence this by "
             "warnings.filterwarnings.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
 
 

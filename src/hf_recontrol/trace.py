@@ -16,7 +16,8 @@ class Trace:
     """`generate(..., recontrol_trace=True, return_dict_in_generate=True).recontrol_trace`.
 
     Every tensor is (rows, tokens), on the CPU, for the new tokens only. After a row's end token_ids hold padding,
-    `sound` is True, and the rest NaN.
+    `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its last token that is
+    not padding.
     """
 
     token_ids: Tensor
@@ -82,7 +83,7 @@ class TraceRecorder(Recorder):
 
     def step(self) -> None:
         if self._token is not None:
-            self._tokens.append(self._token.cpu() if self._token.device.type != "cpu" else self._token.clone())
+            self._tokens.append(self._token.clone())
 
     def trace(self, token_ids: Tensor, lengths: Tensor) -> Trace:
         """What was collected.
@@ -94,7 +95,7 @@ class TraceRecorder(Recorder):
         Raises:
             SteeringNotApplied: the forwards were not one for each token.
         """
-        figures = torch.stack(self._tokens, dim=-1) if self._tokens else torch.ones(6, len(token_ids), 0)
+        figures = torch.stack(self._tokens, dim=-1).cpu()
         if figures.shape[1:] != token_ids.shape:
             raise SteeringNotApplied(
                 f"{tuple(figures.shape[1:])} forwards were traced for {tuple(token_ids.shape)} new tokens: this "

@@ -237,10 +237,11 @@ class RecontrolTrainer(Trainer):
         """As Trainer's; resume_from_checkpoint=True takes the newest checkpoint that is complete.
 
         In the end head.config.info holds "training" (what was done) and "evaluation" (the metrics of the final head).
-        With base_model the final head is calibrated; a calibration from before the training is taken out.
+        With base_model the final head is calibrated, or a warning says why it cannot be; a calibration from before the
+        training is taken out.
         """
         control = self.model.config.control
-        control.calibration, control.strength = [], None
+        control.calibration, control.calibration_num_steps, control.strength = [], None, None
         self.model.config.info.pop("calibration", None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
@@ -255,7 +256,14 @@ class RecontrolTrainer(Trainer):
         if self.base_model is not None:
             datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             held_out = next(iter(datasets.values())) if self.eval_dataset is not None else self.train_dataset
-            calibrate(self.model, self.base_model, sample_states(held_out, seed=self.args.seed))
+            try:
+                calibrate(self.model, self.base_model, sample_states(held_out, seed=self.args.seed))
+            except ValueError as error:  # the training is done, and its head is sound
+                warnings.warn(
+                    f"The head is trained, but not calibrated, so it has no recontrol_strength. {error} Calibrate it "
+                    "later with `hf-recontrol tune --calibrate`.",
+                    stacklevel=2,
+                )
         return output
 
     def _restore_forward(self) -> None:
