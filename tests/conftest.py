@@ -29,6 +29,7 @@ os.environ |= {
 import pytest
 import torch
 
+from hf_recontrol import registry
 from hf_recontrol.head_config import ValueHeadConfig
 from hf_recontrol.value_head import ValueHead
 
@@ -63,3 +64,10 @@ def make_head():
 def head(make_head):
     """One small head with a hidden layer."""
     return make_head()
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """No test sees the heads of another."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_HEADS", registry._HeadCache())

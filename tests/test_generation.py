@@ -257,6 +257,7 @@ def test_measuring_through_a_wrapper_leaves_the_model_enabled(model, head):
     assert isinstance(model, RecontrolGenerationMixin)
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_a_peft_model_is_enabled_by_the_model_inside(head):
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
