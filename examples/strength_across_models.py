@@ -3,7 +3,7 @@
     python examples/strength_across_models.py
 
 Trains tiny language models on texts that the demo's model writes, fits and calibrates a value head for each, and
-measures the KL per token of the texts that each strength gives. Six minutes on two CPU cores.
+measures the KL per token of the texts that each strength gives. Five minutes on two CPU cores.
 """
 
 import argparse
@@ -79,10 +79,10 @@ def measured_kl(demo: Demo, head: ValueHead, strength: float, prompts: int) -> f
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192])
-    parser.add_argument("--texts", type=int, default=4000, help="that the small models are trained on")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=400, help="4 answers to each are the heads' rollouts")
-    parser.add_argument("--test-prompts", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=1500, help="that the small models are trained on")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=300, help="4 answers to each are the heads' rollouts")
+    parser.add_argument("--test-prompts", type=int, default=150)
     args = parser.parse_args(arguments)
     demo = Demo()
     prompts = (demo.prompts["train"] * 2)[: args.texts]

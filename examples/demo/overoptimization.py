@@ -2,8 +2,8 @@
 
     python examples/demo/overoptimization.py --output examples/demo/overoptimization
 
-Collects rollouts, trains heads and steers with them, three times over, each time from other seeds: about an hour on two
-CPU cores. Writes OUTPUT.json (the rows) and OUTPUT.png. Prompts are the demo's validation prompts.
+Collects rollouts, trains heads and steers with them, three times over, each time from other seeds: about three quarters
+of an hour on two CPU cores. Writes OUTPUT.json (the rows) and OUTPUT.png. Prompts are the demo's validation prompts.
 """
 
 import argparse

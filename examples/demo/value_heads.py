@@ -2,7 +2,7 @@
 
     python examples/demo/value_heads.py FOLDER_OF_TEXTS --output src/hf_recontrol/demo
 
-The output folder holds language_model/, reward/ and judge/ already. About 25 minutes on two CPU cores.
+The output folder holds language_model/, reward/ and judge/ already. About ten minutes on two CPU cores.
 """
 
 import argparse
