@@ -3,7 +3,7 @@
     python examples/strength_across_models.py
 
 Trains tiny language models on texts that the demo's model writes, fits and calibrates a value head for each, and
-measures the KL per token of the texts that each strength gives. Five minutes on two CPU cores.
+measures the KL per token of the texts that each strength gives. Six minutes on two CPU cores.
 """
 
 import argparse
