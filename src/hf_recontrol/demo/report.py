@@ -91,7 +91,7 @@ def footnotes(demo: Demo, results: list[Result]) -> list[str]:
     head = demo.head("value_head").config
     evaluation = head.info["evaluation"]
     return [
-        f"The plain baseline first: the linear head, one constant vector that is free at decoding, gains "
+        f"The plain baseline first: the linear head, one constant vector that needs no ascent, gains "
         f"{linear.gains['judge'].mean:+.2f} by the judge at {linear.figures['kl_per_answer']:.1f} nats an answer, the "
         f"MLP head {mlp.gains['judge'].mean:+.2f} at {mlp.figures['kl_per_answer']:.1f}.",
         "judge: a classifier trained on other texts than the reward, which no head has seen. reward: what the heads "
