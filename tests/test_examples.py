@@ -27,7 +27,8 @@ def test_the_lines_that_steer_a_model_run():
     if find_spec("matplotlib") is None:
         code = code.rpartition("figure =")[0]
     exec(code.replace("path/to/head", str(FOLDER / "value_head")), names)
-    assert names["out"].recontrol_trace.lengths.tolist() == [len(names["out"].sequences[0]) - 4]
+    new = names["out"].sequences.shape[1] - names["inputs"]["input_ids"].shape[1]
+    assert names["out"].recontrol_trace.lengths.tolist() == [new]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
