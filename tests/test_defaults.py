@@ -315,3 +315,26 @@ def test_a_config_may_ask_for_strictness(model):
         model.generate(**prompts(), streamer=NoToken())
     with pytest.warns(UserWarning, match="user/this"):
         tokens(model, recontrol_strict=False)
+
+
+SETTINGS = {**GREEDY, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("where", ["given", "model's"])
+def test_false_gives_plain_batches_whatever_a_config_says(model, where):
+    model.set_attn_implementation("paged|eager")
+    given = named(token="hf_x") if where == "given" else GenerationConfig()
+    given.update(**SETTINGS)
+    if where == "model's":
+        model.generation_config.recontrol_token = "hf_x"
+    batching = small_batches()
+    outputs = model.generate_batch([[1, 5]], given, continuous_batching_config=batching, recontrol_value_head=False)
+    assert len(outputs) == 1
+
+
+def test_a_persistent_manager_is_refused_by_position_too(model, head):
+    """It would go on steering later calls that ask for nothing, or for plain text."""
+    with pytest.raises(ValueError, match="persistent_manager"):
+        model.generate_batch(
+            [[1, 5]], GenerationConfig(**SETTINGS), small_batches(), False, False, True, recontrol_value_head=head
+        )

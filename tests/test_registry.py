@@ -293,3 +293,33 @@ def test_threads_may_register_and_generate_at_once(model):
     finally:
         sys.setswitchinterval(interval)
     assert (wrong, sorted(done)) == ([], sorted(heads))
+
+
+@pytest.mark.parametrize("names", [["polite"], ["polite", "brief"]])
+def test_a_name_may_be_taken_off_while_it_is_looked_up(names):
+    """At each line of the look-up in turn another thread may take it off: the head, or the error that says so."""
+    outcomes = [looked_up_while_taken_off(names, line) for line in range(1, 12)]
+    assert "not registered" in "".join(outcome for outcome in outcomes if isinstance(outcome, str))
+    assert any(isinstance(outcome, ValueHead) for outcome in outcomes)
+
+
+def looked_up_while_taken_off(names, line):
+    """The head, or the text of the ValueError."""
+    register_value_heads(dict.fromkeys(["polite", "brief"], tiny_head()))
+    seen = 0
+
+    def take_off(frame, event, argument):
+        nonlocal seen
+        seen += 1
+        if seen == line:
+            register_value_heads(dict.fromkeys(names))
+        return take_off
+
+    before = sys.gettrace()
+    sys.settrace(take_off)
+    try:
+        return registry.registered_value_head("polite", "given generation config")
+    except ValueError as error:
+        return str(error)
+    finally:
+        sys.settrace(before)

@@ -50,15 +50,16 @@ def registered_value_head(name: str, where: str) -> ValueHead:
     Raises:
         ValueError: it is not registered; says how to register it.
     """
-    if name not in _REGISTERED:
-        known = ", ".join(map(shown, _REGISTERED)) or "none"
+    head = _REGISTERED.get(name)  # at once: another thread may take it off
+    if head is None:
+        known = ", ".join(map(shown, list(_REGISTERED))) or "none"
         raise ValueError(
             f"The {where} names the value head {shown(name)}, which is not registered in this process "
             f"(registered: {known}). A config never decides what is loaded. If you trust that head, "
             f"register_value_heads({{{shown(name)}: …}}) or model.set_recontrol_defaults(value_head=…); for plain text "
             "pass recontrol_value_head=False."
         )
-    return _REGISTERED[name]
+    return head
 
 
 def as_value_head(

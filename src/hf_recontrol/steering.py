@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .control import Controller
 from .errors import SteeringNotApplied
@@ -62,28 +63,27 @@ def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[An
     Its forwards run in a thread of its own, where `steered_manager` makes the control live.
     """
     keywords = RecontrolKeywords.pop(kwargs)
-    configs = _configs(model, args, kwargs)
-    request = keywords.request(model, configs[0])
-    if not (args[0] if args else kwargs.get("inputs")):  # no request: nothing runs
-        return run_live(None, stock, *args, **kwargs)
+    bound = inspect.signature(GenerationMixin.generate_batch).bind(model, *args, **kwargs)
+    given = bound.arguments
+    request = keywords.request(model, given.get("generation_config"))
+    config = copy.deepcopy(given.get("generation_config") or model.generation_config)
+    for name in [name for name in vars(config) if name.startswith("recontrol_")]:
+        delattr(config, name)
+    config.recontrol_value_head = False  # what it asked for has been read: it is live, or is not wanted
+    given["generation_config"] = config
+    run = functools.partial(stock, *bound.args[1:], **bound.kwargs)
+    if request.controller is None or not given["inputs"]:
+        return run_live(None, run)
     if request.trace:
         raise ValueError("recontrol_trace is for greedy decoding and sampling with generate(), not generate_batch().")
-    config = copy.deepcopy(configs[0] or configs[1])
-    config.recontrol_value_head = False  # it has been read: what it asks for is live, or is not wanted
-    if len(args) > 1:
-        args = (args[0], config, *args[2:])
-    else:
-        kwargs = {**kwargs, "generation_config": config}
-    if request.controller is None:
-        return run_live(None, stock, *args, **kwargs)
-    if kwargs.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
+    if given.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
         raise ValueError(
             "A persistent manager of continuous batching cannot be steered: it would outlive this call. Leave "
             "persistent_manager out, and call model.destroy_cached_continuous_batching_manager() if there is one."
         )
     install(model)
     call = call_for(model, request.controller)
-    result = run_live(call, stock, *args, **kwargs)
+    result = run_live(call, run)
     _warn_of_unsound(call)
     return result
 
@@ -91,9 +91,11 @@ def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[An
 def steered_manager(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`stock(*args, **kwargs)`, an init_continuous_batching(); its thread gets the control that is live in this one."""
     call = live_call()
-    configs = (args[0] if args else kwargs.get("generation_config"), model.generation_config)
-    named = [said_by(config, "generation config").get("value_head") for config in configs]
-    if call is None and next((name for name in named if name is not None), False) is not False:
+    for config in (args[0] if args else kwargs.get("generation_config"), model.generation_config):
+        named = said_by(config, "generation config").get("value_head")
+        if named is not None:
+            break
+    if call is None and named not in (None, False):
         raise ValueError(
             "A manager of continuous batching is not steered by its generation config. Use generate_batch(), or set "
             "recontrol_value_head = False in the config."

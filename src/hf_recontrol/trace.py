@@ -17,7 +17,7 @@ class Trace:
 
     Every tensor is (rows, tokens), on the CPU, for the new tokens only. After a row's end token_ids hold padding,
     `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its last token that is
-    not padding.
+    not padding (one padding token too many where the padding is an EOS: the ids do not tell).
     """
 
     token_ids: Tensor
