@@ -92,7 +92,7 @@ def test_the_heads_can_be_made_anew(tmp_path):
 def test_one_strength_means_the_same_for_models_of_every_width():
     """Models of three widths beside the demo's, with two heads each: the KL of their texts is what was asked for."""
     example = Path(__file__).parents[1] / "examples" / "strength_across_models.py"
-    sizes = ["--texts", "1500", "--epochs", "6", "--prompts", "200", "--test-prompts", "100"]
+    sizes = ["--widths", "32", "64", "96", "--texts", "600", "--epochs", "3", "--prompts", "80", "--test-prompts", "50"]
     rows = runpy.run_path(str(example))["main"](sizes)
     assert len({row["model"] for row in rows}) == 4
     for row in rows:
