@@ -157,7 +157,7 @@ def stepless_head():
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (dead_head(), "gradient has norm 0"),
+        (dead_head(), "control has norm 0"),
         (capped_head(), r"spends 0\.02 nats a token"),
         (stepless_head(), "0 steps"),
     ],

@@ -273,7 +273,7 @@ def test_what_makes_no_sum_of_heads_is_refused():
     with pytest.raises(TypeError, match="A str was given for a head"):
         Controller({"user/head": 1.0})
     for wrong in (None, "user/head", [tiny_head()]):
-        with pytest.raises(TypeError, match=f"a dict {{ValueHead: weight}}, not a {type(wrong).__name__}"):
+        with pytest.raises(TypeError, match=f"a dict {{head: weight}}, not a {type(wrong).__name__}"):
             Controller(wrong)
     with pytest.raises(ValueError, match=r"float32.*float64.*of one dtype"):
         Controller({tiny_head(): 1.0, tiny_head(1).double(): 1.0})

@@ -340,7 +340,7 @@ def test_a_misspelt_keyword_is_refused_with_the_nearest_named(model):
         ({"recontrol_value_head": tiny_head(), "recontrol_step_size": -1}, "step_size is -1"),
         ({"recontrol_value_head": tiny_head(), "recontrol_num_steps": 2.5}, "num_steps is 2.5"),
         ({"recontrol_value_head": tiny_head(), "recontrol_strict": "yes"}, "recontrol_strict is 'yes'"),
-        ({"recontrol_value_head": tiny_head(), "recontrol_revision": "main"}, "a ValueHead was given"),
+        ({"recontrol_value_head": tiny_head(), "recontrol_revision": "main"}, "a head itself was given"),
     ],
 )
 def test_keywords_that_cannot_be_meant_are_refused_before_the_first_token(model, keywords, words):

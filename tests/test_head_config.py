@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from hf_recontrol.config_checks import shown
 from hf_recontrol.errors import HeadError
-from hf_recontrol.head_config import MAX_PARAMETERS, ValueHeadConfig, shown
+from hf_recontrol.head_config import MAX_PARAMETERS, ValueHeadConfig
 
 HUGE = 10**400
 HOSTILE = "\u202e../../etc/passwd\x00" + "a" * 600

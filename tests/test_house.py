@@ -12,6 +12,7 @@ import hf_recontrol
 SOURCE = Path(hf_recontrol.__file__).parent
 ORDER = [
     "errors",
+    "config_checks",
     "head_config",
     "kl_bound",
     "hooks",
@@ -19,7 +20,9 @@ ORDER = [
     "head_format",
     "head_hub",
     "head_files",
+    "head",
     "value_head",
+    "control_head",
     "objectives",
     "control_config",
     "control",

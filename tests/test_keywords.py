@@ -93,7 +93,7 @@ def test_a_keyword_that_says_something_else_than_the_config_is_refused(model, na
         ({"recontrol_target_value": "high"}, ValueError, "target_value is 'high'"),
         ({"recontrol_trace": 1}, ValueError, "recontrol_trace is 1; it must be True or False"),
         ({"recontrol_strict": 0}, ValueError, "recontrol_strict is 0; it must be True or False"),
-        ({"recontrol_token": "hf_x"}, ValueError, "a ValueHead was given"),
+        ({"recontrol_token": "hf_x"}, ValueError, "a head itself was given"),
         ({"recontrol_maxkl": 0.1}, ValueError, "the nearest is 'recontrol_max_kl'"),
     ],
     ids=str,

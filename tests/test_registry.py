@@ -318,7 +318,7 @@ def looked_up_while_taken_off(names, line):
     before = sys.gettrace()
     sys.settrace(take_off)
     try:
-        return registry.registered_value_head("polite", "given generation config")
+        return registry.registered_head("polite", "given generation config")
     except ValueError as error:
         return str(error)
     finally:

@@ -3,10 +3,12 @@
 from .calibration import calibrate, sample_states
 from .control import Controller
 from .control_config import ControlConfig
+from .control_head import ControlHead
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 from .fitting import fit_linear_head
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
-from .head_config import ControlDefaults, RewardScale, ValueHeadConfig
+from .head import Head
+from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
 from .registry import register_value_heads
 from .rollout_store import RolloutDataset
 from .rollouts import collect_rollouts
@@ -21,7 +23,10 @@ __all__ = [
     "CollectError",
     "ControlConfig",
     "ControlDefaults",
+    "ControlHead",
+    "ControlHeadConfig",
     "Controller",
+    "Head",
     "HeadError",
     "HeadMismatch",
     "HeadUnavailable",
@@ -30,6 +35,7 @@ __all__ = [
     "RecontrolTrainingArguments",
     "RewardScale",
     "RolloutDataset",
+    "ScaleDefaults",
     "SteeringNotApplied",
     "Trace",
     "ValueHead",

@@ -1,4 +1,4 @@
-"""What a strength means for a head: the step size that spends so many nats a token, found on the model's own states."""
+"""What a strength means for a head: the step size, of a control head the scale, that spends so many nats a token."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from .control import Controller
 from .control_config import BELT, ControlConfig
 from .forwards import logits_of
+from .head import Head
+from .head_config import ControlDefaults
 from .keywords import check_base_model
 from .kl_bound import kl_divergence
 from .rollout_blocks import evaluating
@@ -27,13 +29,13 @@ MAX_TRIALS = 60
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
 
 
-def calibrate(head: ValueHead, model: PreTrainedModel, hidden_states: Tensor) -> None:
-    """Write into head.config.control the step sizes that spend 0.02, 0.05, 0.1, 0.2, 0.4 nats a token, and a strength.
+def calibrate(head: Head, model: PreTrainedModel, hidden_states: Tensor) -> None:
+    """Write into head.config.control what spends 0.02, 0.05, 0.1, 0.2, 0.4 nats a token, and a strength.
 
-    α does not carry over between heads or models: it is in units of the hidden state per unit of ∇V. The mean KL per
-    token, KL(p ‖ p_base), does. It is measured at the head's own n and other control options, with each token held at
-    the head's max_kl, or at 4 × the mean as generate() will hold it. The default strength becomes 0.1, and step_size
-    the one that belongs to it.
+    That is the step_size of a value head and the scale of a control head. Neither carries over between heads or models;
+    the mean KL per token, KL(p ‖ p_base), does. It is measured at the head's own n and other control options, with each
+    token held at the head's max_kl, or at 4 × the mean as generate() will hold it. The default strength becomes 0.1,
+    and step_size or scale the one that belongs to it.
 
     Args:
         head: changed in place: config.control, and config.info["calibration"].
@@ -43,27 +45,27 @@ def calibrate(head: ValueHead, model: PreTrainedModel, hidden_states: Tensor) ->
 
     Raises:
         HeadMismatch: states or model of another width.
-        ValueError: no finite states, n = 0, or a head that does not reach these strengths (its gradient is zero nearly
-            everywhere, or its control is held down by a norm cap, λ or a target value).
+        ValueError: no finite states, n = 0, or a head that does not reach these strengths (its control is zero nearly
+            everywhere, or held down by a norm cap, λ or a target value).
     """
     head.check_width(hidden_states.shape[-1], "the states")
     check_base_model(head, model, stacklevel=3)
-    states = hidden_states[hidden_states.isfinite().all(-1)]
-    if not len(states) or head.config.control.num_steps == 0:
+    states, control = hidden_states[hidden_states.isfinite().all(-1)], head.config.control
+    if not len(states) or (isinstance(control, ControlDefaults) and control.num_steps == 0):
         raise ValueError(
-            f"There are {len(states)} finite states and {head.config.control.num_steps} steps; a head is calibrated at "
-            "one step or more, on states of the model's own answers."
+            f"There are {len(states)} finite states and {getattr(control, 'num_steps', 'no')} steps; a head is "
+            "calibrated at one step or more, on states of the model's own answers."
         )
     with evaluating(model):
         table: list[tuple[float, float]] = []
-        step_size = _first_guess(head, states.to(head.input_mean.device))
+        multiplier = _first_guess(head, states.to(head.input_mean.device))
         for strength in STRENGTHS:
-            step_size = _step_size_at(head, model, states, strength, step_size)
-            table.append((strength, step_size))
-    control = head.config.control
-    control.calibration_num_steps = control.num_steps
+            multiplier = _multiplier_at(head, model, states, strength, multiplier)
+            table.append((strength, multiplier))
     control.calibration, control.strength = [list(pair) for pair in table], DEFAULT_STRENGTH
-    control.step_size = dict(table)[DEFAULT_STRENGTH]
+    setattr(control, _name(head), dict(table)[DEFAULT_STRENGTH])
+    if isinstance(control, ControlDefaults):
+        control.calibration_num_steps = control.num_steps
     head.config.info["calibration"] = {"states": len(states)}
     head.config.validate()
 
@@ -99,33 +101,42 @@ def mean_kl(controller: Controller, model: PreTrainedModel, hidden_states: Tenso
     return total / len(hidden_states)
 
 
-def _first_guess(head: ValueHead, states: Tensor) -> float:
+def _name(head: Head) -> str:
+    """What of this head a strength picks."""
+    return "step_size" if isinstance(head, ValueHead) else "scale"
+
+
+def _at(head: Head, multiplier: float) -> Controller:
+    return Controller(head, ControlConfig.of({_name(head): multiplier}))
+
+
+def _first_guess(head: Head, states: Tensor) -> float:
     """A shift of about a tenth of the hidden state."""
-    gradient = float(head.gradient(states).norm(dim=-1).mean())
-    if not 0 < gradient < math.inf:
-        raise ValueError(f"The head's gradient has norm {gradient} at these states, so it steers nowhere. Train it.")
-    return 0.1 * float(states.float().norm(dim=-1).mean()) / gradient / head.config.control.num_steps
+    shift = float(_at(head, 1.0).control(states[:256]).norm(dim=-1).mean())
+    if not 0 < shift < math.inf:
+        raise ValueError(f"The head's control has norm {shift} at these states, so it steers nowhere. Train it.")
+    return 0.1 * float(states.float().norm(dim=-1).mean()) / shift
 
 
-def _step_size_at(head: ValueHead, model: PreTrainedModel, states: Tensor, strength: float, step_size: float) -> float:
-    """The α whose mean KL is `strength`, by secants in log α and log KL from a first guess."""
+def _multiplier_at(head: Head, model: PreTrainedModel, states: Tensor, strength: float, multiplier: float) -> float:
+    """The multiplier whose mean KL is `strength`, by secants in log multiplier and log KL from a first guess."""
     tried: list[tuple[float, float]] = []
     for _ in range(MAX_TRIALS):
-        controller = Controller(head, ControlConfig(step_size=step_size))
-        kl = mean_kl(controller, model, states, head.config.control.max_kl or BELT * strength)
+        kl = mean_kl(_at(head, multiplier), model, states, head.config.control.max_kl or BELT * strength)
         if abs(kl / strength - 1) < TOLERANCE:
-            return step_size
+            return multiplier
         if not 0 < kl < math.inf:
             break
-        tried.append((math.log(step_size), math.log(kl)))
-        step_size *= math.exp((math.log(strength) - math.log(kl)) / _slope(tried[-2:]))
+        tried.append((math.log(multiplier), math.log(kl)))
+        multiplier *= math.exp((math.log(strength) - math.log(kl)) / _slope(tried[-2:]))
     raise ValueError(
-        f"No step size of this head spends {strength} nats a token: {step_size:.3g} gave {kl:.3g}. Its gradient may be "
-        "zero at many states, or a norm cap, λ or a target value holds it down. Train it longer, or take those out."
+        f"No {_name(head).replace('_', ' ')} of this head spends {strength} nats a token: {multiplier:.3g} gave "
+        f"{kl:.3g}. Its control may be zero at many states, or a norm cap, λ or a target value holds it down. Train it "
+        "longer, or take those out."
     )
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """d log KL / d log α, 2 for small shifts; kept where a secant cannot run away."""
+    """d log KL / d log multiplier, 2 for small shifts; kept where a secant cannot run away."""
     (x, y), (other_x, other_y) = points[0], points[-1]
     return 2.0 if x == other_x else min(max((other_y - y) / (other_x - x), 0.7), 4.0)

@@ -24,12 +24,13 @@ USER_ERRORS = (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
-StepSize = Annotated[float | None, typer.Option(help="α, the size of a step; the head's where not given.")]
+StepSize = Annotated[float | None, typer.Option(help="α of a value head; its own where not given.")]
+Scale = Annotated[float | None, typer.Option(help="What a control head's u is multiplied by; its own where not given.")]
 NumSteps = Annotated[
-    int | None, typer.Option(help="n, the steps at each token, 0 to 1024; the head's where not given.")
+    int | None, typer.Option(help="n of a value head, steps at each token, 0 to 1024; its own where not given.")
 ]
 Strength = Annotated[
-    float | None, typer.Option(help="Mean KL per token to spend, in nats; picks α from the head's calibration.")
+    float | None, typer.Option(help="Mean KL per token to spend, in nats; picks α or the scale from the calibration.")
 ]
 MaxKL = Annotated[float | None, typer.Option(help="No token's KL above it, in nats; 4 × the strength where not given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
@@ -66,22 +67,26 @@ def demo(
 def generate(
     model: Annotated[str, typer.Argument(help="A language model: an id on the Hub or a folder.")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    value_head: Annotated[str | None, typer.Option(help="A value head: an id on the Hub or a folder.")] = None,
+    value_head: Annotated[
+        str | None, typer.Option(help="A value or control head: an id on the Hub or a folder.")
+    ] = None,
     strength: Strength = None,
     max_kl: MaxKL = None,
     step_size: StepSize = None,
     num_steps: NumSteps = None,
+    scale: Scale = None,
     revision: Revision = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     trace: Annotated[bool, typer.Option("--trace", help="Show each token's value, and what the control did.")] = False,
 ) -> None:
-    """Go on from PROMPT with MODEL, steered by a value head. Without one, the plain text."""
+    """Go on from PROMPT with MODEL, steered by a head. Without one, the plain text."""
     from transformers import set_seed
 
     keywords: dict[str, object] = {"value_head": value_head, "strength": strength, "max_kl": max_kl}
-    keywords |= {"step_size": step_size, "num_steps": num_steps, "revision": revision, "trace": trace or None}
+    keywords |= {"step_size": step_size, "num_steps": num_steps, "scale": scale}
+    keywords |= {"revision": revision, "trace": trace or None}
     if value_head is None and any(value is not None for value in keywords.values()):
         raise ValueError("Options were given that steer, but no head. Pass --value-head, or leave the others out.")
     given = {f"recontrol_{name}": value for name, value in keywords.items() if value is not None}
@@ -102,11 +107,9 @@ def generate(
 
 @app.command()
 def tune(
-    head: Annotated[str, typer.Argument(help="A value head: a folder or an id on the Hub.")],
+    head: Annotated[str, typer.Argument(help="A value or control head: a folder or an id on the Hub.")],
     model: Annotated[str, typer.Option(help="Its base model: an id on the Hub or a folder.")],
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Find the step sizes for 0.02 to 0.4 nats a token.")
-    ] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Find what spends 0.02 to 0.4 nats a token.")] = False,
     rollouts: Annotated[
         Path | None, typer.Option(help="A folder of the model's rollouts, to take states from.")
     ] = None,
@@ -117,11 +120,11 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Where the head is saved; HEAD where not given.")] = None,
     revision: Revision = None,
 ) -> None:
-    """Calibrate HEAD for its model, so that a strength in nats a token picks its step size."""
+    """Calibrate HEAD for its model, so that a strength in nats a token picks its step size, or its scale."""
     from .calibration import calibrate as calibrate_head
     from .calibration import sample_states
+    from .head import Head
     from .rollout_store import RolloutDataset
-    from .value_head import ValueHead
 
     if not calibrate:
         raise ValueError("There is nothing to do: pass --calibrate.")
@@ -129,22 +132,22 @@ def tune(
         raise ValueError("Pass the hidden states' source: one of --rollouts FOLDER and --prompts FILE.")
     if output is None and not Path(head).is_dir():
         raise ValueError(f"{head!r} is not a folder, so the calibrated head has no place: pass --output FOLDER.")
-    value_head = ValueHead.from_pretrained(head, revision=revision)
+    loaded = Head.from_pretrained(head, revision=revision)
     dataset = RolloutDataset(rollouts) if rollouts is not None else None
     language_model, tokenizer = _model_and_tokenizer(model)
     if prompts is not None:
         dataset = _answers_to(prompts, language_model, tokenizer, max_new_tokens)
     states = sample_states(dataset)
     card = Path(output or head) / "README.md"
-    as_written = card.is_file() and card.read_text(encoding="utf-8") == value_head.model_card()
-    calibrate_head(value_head, language_model, states)
-    value_head.save_pretrained(output or head, replace_model_card=as_written)  # one edited by hand stays
-    typer.echo(f"On {len(states)} states, at n = {value_head.config.control.num_steps}:")
-    for kl, step_size in value_head.config.control.calibration:
-        typer.echo(f"{kl:8g} nats a token: step size {step_size:.4g}")
-    typer.echo(
-        f"Saved in {output or head}. Its strength is {value_head.config.control.strength:g} unless told otherwise."
-    )
+    as_written = card.is_file() and card.read_text(encoding="utf-8") == loaded.model_card()
+    calibrate_head(loaded, language_model, states)
+    loaded.save_pretrained(output or head, replace_model_card=as_written)  # one edited by hand stays
+    control = loaded.config.control
+    steps = getattr(control, "num_steps", None)
+    typer.echo(f"On {len(states)} states" + (f", at n = {steps}:" if steps else ":"))
+    for kl, multiplier in control.calibration:
+        typer.echo(f"{kl:8g} nats a token: {'step size' if steps else 'scale'} {multiplier:.4g}")
+    typer.echo(f"Saved in {output or head}. Its strength is {control.strength:g} unless told otherwise.")
 
 
 def _answers_to(prompts: Path, model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
@@ -172,13 +175,13 @@ def _model_and_tokenizer(model: str) -> tuple[Any, Any]:
 
 @app.command()
 def info(
-    head: Annotated[str, typer.Argument(help="A value head: an id on the Hub or a folder.")],
+    head: Annotated[str, typer.Argument(help="A value or control head: an id on the Hub or a folder.")],
     revision: Revision = None,
 ) -> None:
     """What HEAD is: its config, checked, as JSON."""
-    from .value_head import ValueHead
+    from .head import Head
 
-    loaded = ValueHead.from_pretrained(head, revision=revision)
+    loaded = Head.from_pretrained(head, revision=revision)
     parameters = sum(p.numel() for p in loaded.parameters())
     typer.echo(json.dumps({**loaded.config.to_dict(), "parameters": parameters}, indent=2, ensure_ascii=False))
 

@@ -1,39 +1,46 @@
-"""The control: at each token, h ← h + u with u found by n steps of gradient ascent on V."""
+"""The control: at each token h ← h + u, with u what the control heads say, and then n steps of ascent on V."""
 
 import copy
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .control_config import ControlConfig, as_float, step_size_for
-from .head_config import shown
+from .config_checks import shown
+from .control_config import ControlConfig, as_float, multiplier_for, step_size_for
+from .control_head import ControlHead
+from .head import Head
 from .value_head import ValueHead
+
+H = TypeVar("H", bound=Head)
 
 
 class Controller:
-    """h ← h + u, where u ← u + α(∇V(h + u) − 2λu), n times, from u = 0, and each time cut to ‖u‖ ≤ r‖h‖.
+    """h ← h + u, where u ← u + α(∇V(h + u) − 2λu), n times, from u = Σ wⱼ cⱼ fⱼ(h), and each time cut to ‖u‖ ≤ r‖h‖.
 
-    The test-time control of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4). There a small α and few steps
-    are its only regularisation: λ = 0, r is infinite. Each row is moved on its own: its neighbours in the batch do not
-    matter. Several heads act as one, V = Σ wᵢ Vᵢ, each Vᵢ in standard deviations of its own reward.
+    The test-time control of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4) is that of a value head V: from
+    u = 0, and a small α and few steps are its only regularisation: λ = 0, r is infinite. Several value heads act as
+    one, V = Σ wᵢ Vᵢ, each Vᵢ in standard deviations of its own reward. Control heads fⱼ, beyond the paper, say where u
+    starts; alone, they make no ascent. Each row is moved on its own: its neighbours in the batch do not matter.
 
-    With a strength, α is what the head's calibration has for it. Of several heads each then has an α of its own, so
-    that a head of weight 1 pushes as hard as it would alone.
+    With a strength, α of a value head and the scale c of a control head are what the head's calibration has for it. Of
+    several heads each then has its own, so that a head of weight 1 pushes as hard as it would alone.
 
     With a target value v, a step goes up V below v and down above it, and is shortened to |v − V| / ‖∇V‖², Newton's
     step on to v, so that it stops there.
 
     Args:
-        head: V, never written; or several, {head: weight}, where a negative weight steers away. On a head's own
-            device its weights are read at each call; for another device they are copied once.
+        head: a ValueHead or ControlHead, never written; or several, {head: weight}, where a negative weight steers
+            away. On a head's own device its weights are read at each call; for another device they are copied once.
         config: how hard; the heads' own where None. Its max_kl takes the language model too, so generate() and
             forward_steered obey it, and a Controller alone does not.
 
     Raises:
-        TypeError, ValueError: a head or weight that is none, heads that differ in an option that is not given, a
-            strength without a calibration, a target value for several heads, or a head in less than float32.
+        TypeError, ValueError: a head or weight that is none, an option that none of the heads has, heads that differ in
+            one that is not given, a strength without a calibration, a target value for several value heads, or a head
+            in less than float32.
 
     Example:
         >>> from hf_recontrol import ValueHead, ValueHeadConfig
@@ -44,36 +51,40 @@ class Controller:
         True
     """
 
-    def __init__(self, head: ValueHead | Mapping[ValueHead, float], config: ControlConfig | None = None):
+    def __init__(self, head: Head | Mapping[Head, float], config: ControlConfig | None = None):
         heads = _weighted(head)
         own = [one.config.control for one in heads]
         config = config or ControlConfig()
-        targets = [one for one in (config.target_value, *(control.target_value for control in own)) if one is not None]
-        if targets and list(heads.values()) != [1.0]:
-            raise ValueError(
-                f"target_value is {targets[0]}, in raw units of one reward, but the heads' weights are "
-                f"{list(heads.values())}. Give one head of weight 1, or no target_value: also the heads' own, "
-                "head.config.control.target_value."
-            )
+        values = {one: weight for one, weight in heads.items() if isinstance(one, ValueHead)}
+        _check_target(config, values)
         config = config.over_heads(own)  # checks the heads' own numbers too: they may have been set in this process
         self.config = config
-        self.num_steps = int(config.num_steps or 0)
-        if config.strength is None:
-            step_sizes = [float(config.step_size or 0.0)] * len(heads)
-        else:
-            step_sizes = [step_size_for(config.strength, control, self.num_steps) for control in own]
         self.heads = list(heads)
         self.weights = list(heads.values())
-        self.step_size = sum(step_sizes) / len(step_sizes)
-        """α; with a strength, the mean over the heads."""
-        self._pushes = [weight * alpha for weight, alpha in zip(self.weights, step_sizes, strict=True)]
+        self.num_steps = int(config.num_steps or 0)
+        alphas = [self._step_size(one) for one in values]
+        self.step_size = sum(alphas) / len(alphas) if alphas else 0.0
+        """α; with a strength, the mean over the value heads."""
+        self._values = [(one, weight * alpha) for (one, weight), alpha in zip(values.items(), alphas, strict=True)]
+        controls = {one: weight for one, weight in heads.items() if isinstance(one, ControlHead)}
+        self._controls = [(one, weight * self._scale(one)) for one, weight in controls.items()]
         self._shrinking = 1 - 2 * self.step_size * float(config.regularization or 0.0)
-        self._on_device: dict[torch.device, list[ValueHead]] = {}
+        self._on_device: dict[tuple[Head, torch.device], Head] = {}
+
+    def _step_size(self, head: ValueHead) -> float:
+        if self.config.strength is None:
+            return float(self.config.step_size or 0.0)
+        return step_size_for(self.config.strength, head.config.control, self.num_steps)
+
+    def _scale(self, head: ControlHead) -> float:
+        if self.config.strength is not None:
+            return multiplier_for(self.config.strength, head.config.control.calibration)
+        return float(self.config.scale or 0.0)
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is edited: α = 0 or n = 0."""
-        return self.step_size == 0 or self.num_steps == 0
+        """Whether nothing is edited: α = 0 or n = 0, and the scale is 0."""
+        return (self.step_size == 0 or self.num_steps == 0) and not any(scale for _, scale in self._controls)
 
     @property
     def max_kl(self) -> float | None:
@@ -122,48 +133,59 @@ class Controller:
         Returns:
             (..., hidden_size) in the heads' dtype.
         """
-        heads = self._heads_on(hidden_states.device)
-        h = hidden_states.to(heads[0].dtype)
+        values, controls = self._on(hidden_states.device, self._values), self._on(hidden_states.device, self._controls)
+        h = hidden_states.to(self.heads[0].dtype)
         with torch.autocast(h.device.type, enabled=False):  # α = 1e-3 moves nothing in bfloat16
             cap = self.config.max_relative_norm
             limit = None if cap in (None, math.inf) else cap * h.norm(dim=-1, keepdim=True)
-            linear = all(head.config.num_hidden_layers == 0 for head in heads)
-            if linear and self._shrinking == 1 and self.config.target_value is None:  # ∇V is one constant vector
-                return _within(self.num_steps * self._push(heads, h), limit)
             u = torch.zeros_like(h)
-            for _ in range(self.num_steps):
-                u = _within(self._shrinking * u + self._push(heads, h + u), limit)
+            for head, factor in controls:
+                u = u + factor * head(h)
+            u = _within(u, limit)
+            linear = all(head.config.num_hidden_layers == 0 for head, _ in values) and (limit is None or not controls)
+            if linear and values and self._shrinking == 1 and self.config.target_value is None:
+                return _within(u + self.num_steps * self._push(values, h), limit)  # ∇V is one constant vector
+            for _ in range(self.num_steps if values else 0):
+                u = _within(self._shrinking * u + self._push(values, h + u), limit)
             return u
 
     @torch.no_grad()
     def values(self, hidden_states: Tensor) -> Tensor:
-        """V(h) in raw units of the reward, (...); of several heads, Σ wᵢ times each one's."""
-        heads = self._heads_on(hidden_states.device)
+        """V(h) in raw units of the reward, (...); of several heads, Σ wᵢ times each one's; NaN without a value head."""
+        weights = [weight for head, weight in zip(self.heads, self.weights, strict=True) if isinstance(head, ValueHead)]
+        if not weights:
+            return torch.full_like(hidden_states[..., 0], torch.nan, dtype=self.heads[0].dtype)
+        heads = [head for head, _ in self._on(hidden_states.device, self._values)]
         scales = [head.config.reward for head in heads]
         values: Tensor = sum(
             weight * (scale.std * head(hidden_states) + scale.mean)
-            for weight, scale, head in zip(self.weights, scales, heads, strict=True)
+            for weight, scale, head in zip(weights, scales, heads, strict=True)
         )
         return values
 
-    def _push(self, heads: list[ValueHead], h: Tensor) -> Tensor:
+    def _push(self, heads: list[tuple[ValueHead, float]], h: Tensor) -> Tensor:
         """Σ wᵢ αᵢ ∇Vᵢ(h), and with a target value the share of it that leads there."""
-        push: Tensor = sum(factor * head.gradient(h) for factor, head in zip(self._pushes, heads, strict=True))  # type: ignore[assignment]
+        push: Tensor = sum(factor * head.gradient(h) for head, factor in heads)  # type: ignore[assignment]
         if self.config.target_value is None:
             return push
-        scale = heads[0].config.reward
-        gap = (self.config.target_value - scale.mean) / scale.std - heads[0](h).unsqueeze(-1)
+        head = heads[0][0]
+        scale = head.config.reward
+        gap = (self.config.target_value - scale.mean) / scale.std - head(h).unsqueeze(-1)
         gain = push.square().sum(-1, keepdim=True) / self.step_size  # of V, by the whole step, to first order
         share: Tensor = (gap / gain).nan_to_num(0.0).clamp(-1.0, 1.0)  # 0/0: V is flat, and at its target
         return share * push
 
-    def _heads_on(self, device: torch.device) -> list[ValueHead]:
+    def _on(self, device: torch.device, heads: list[tuple[H, float]]) -> list[tuple[H, float]]:
+        """The heads, on that device."""
         # The LM head may be on any device, or on several in turn (accelerate's offload): one copy for each.
-        if device not in self._on_device:
-            self._on_device[device] = [
-                head if head.input_mean.device == device else copy.deepcopy(head).to(device) for head in self.heads
-            ]
-        return self._on_device[device]
+        found = []
+        for head, factor in heads:
+            if head.input_mean.device != device:
+                if (head, device) not in self._on_device:
+                    self._on_device[head, device] = copy.deepcopy(head).to(device)
+                head = self._on_device[head, device]  # type: ignore[assignment]
+            found.append((head, factor))
+        return found
 
 
 def _within(u: Tensor, limit: Tensor | None) -> Tensor:
@@ -176,25 +198,38 @@ def _within(u: Tensor, limit: Tensor | None) -> Tensor:
     return torch.where(norm * peak > limit, unit * (limit / norm), u)  # u = 0 has no unit, and stays
 
 
-def _weighted(head: ValueHead | Mapping[ValueHead, float]) -> dict[ValueHead, float]:
+def _weighted(head: Head | Mapping[Head, float]) -> dict[Head, float]:
     """The heads and their weights, checked."""
-    if not isinstance(head, ValueHead | Mapping):
-        raise TypeError(f"A Controller takes a ValueHead or a dict {{ValueHead: weight}}, not a {type(head).__name__}.")
-    heads: dict[ValueHead, float] = {head: 1.0} if isinstance(head, ValueHead) else dict(head)
+    if not isinstance(head, Head | Mapping):
+        raise TypeError(
+            f"A Controller takes a ValueHead, a ControlHead or a dict {{head: weight}}, not a {type(head).__name__}."
+        )
+    heads: dict[Head, float] = {head: 1.0} if isinstance(head, Head) else dict(head)
     for one, weight in heads.items():
-        if not isinstance(one, ValueHead):
-            raise TypeError(f"A {type(one).__name__} was given for a head; a Controller takes ValueHeads.")
+        if not isinstance(one, Head):
+            raise TypeError(f"A {type(one).__name__} was given for a head; a Controller takes heads.")
         if not math.isfinite(as_float(weight)) or weight == 0:
             raise ValueError(f"A head's weight is {shown(weight)}; it must be a finite number other than 0.")
         if one.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"The value head is {one.dtype}, too coarse for an ascent in small steps; call head.float() first. "
+                f"The {one.config.kind} head is {one.dtype}, too coarse for small edits; call head.float() first. "
                 "The language model may be of any dtype."
             )
     if not heads or len({one.dtype for one in heads}) > 1:
         dtypes = [str(one.dtype) for one in heads]
         raise ValueError(f"{len(heads)} heads of dtypes {dtypes} were given; give one or more, all of one dtype.")
     return {one: float(weight) for one, weight in heads.items()}
+
+
+def _check_target(config: ControlConfig, values: Mapping[ValueHead, float]) -> None:
+    targets = [config.target_value, *(head.config.control.target_value for head in values)]
+    targets = [target for target in targets if target is not None]
+    if values and targets and list(values.values()) != [1.0]:
+        raise ValueError(
+            f"target_value is {targets[0]}, in raw units of one reward, but the value heads' weights are "
+            f"{list(values.values())}. Give one head of weight 1, or no target_value: also the heads' own, "
+            "head.config.control.target_value."
+        )
 
 
 def control_by_autograd(head: ValueHead, hidden_states: Tensor, step_size: float, num_steps: int) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
+from .config_checks import shown
 from .errors import HeadError, HeadUnavailable
-from .head_config import ValueHeadConfig, shown
+from .head_config import HeadConfig
 from .head_format import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -30,10 +31,15 @@ from .model_card import CardFacts, card
 
 
 class HeadFiles(nn.Module):
-    """save_pretrained, from_pretrained and push_to_hub of a head; the subclass names its config's class."""
+    """save_pretrained, from_pretrained and push_to_hub of a head; a subclass names its kind's config."""
 
-    config_class: ClassVar[type[ValueHeadConfig]]
-    config: ValueHeadConfig
+    config_class: ClassVar[type[HeadConfig]] = HeadConfig
+    config: HeadConfig
+    _classes: ClassVar[dict[str, type["HeadFiles"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        HeadFiles._classes.setdefault(cls.config_class.kind, cls)
 
     def save_pretrained(
         self,
@@ -99,7 +105,7 @@ class HeadFiles(nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """The head in a folder or a Hub repository, in float32, on the CPU, in eval mode.
+        """The head in a folder or a Hub repository, in float32, on the CPU, in eval mode; of either kind from `Head`.
 
         Reads config.json and model.safetensors and nothing else, both from one commit, and checks everything before any
         weight is used: hash, config, names, shapes, dtypes, finite values. Draws no random number.
@@ -133,9 +139,9 @@ class HeadFiles(nn.Module):
             except HeadError as error:
                 raise HeadError(f"The head in {source} cannot be loaded. {error}") from error.__cause__
             with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
-                head = cls(config)
+                head: Any = (cls if cls.config_class.kind == config.kind else cls._classes[config.kind])(config)
             head.load_state_dict(tensors, strict=True, assign=True)
-        return head.eval()
+        return head.eval()  # type: ignore[no-any-return]
 
     def push_to_hub(
         self,
@@ -155,7 +161,7 @@ class HeadFiles(nn.Module):
             revision: branch, made if it does not exist; the main branch where None.
             token: with the right to write; the one of `hf auth login` where None.
             private: of a repository that is made; the Hub's default for the account where None.
-            commit_message: "Upload a value head" where None.
+            commit_message: "Upload a head" where None.
             create_pr: open a pull request instead of committing.
             replace_model_card: write the repository's card anew; otherwise one that is there stays.
 
@@ -181,27 +187,37 @@ class HeadFiles(nn.Module):
 
     def model_card(self, repo_id: str | None = None) -> str:
         """The text of README.md: what the config says, with the Hub's YAML. What is not known is left out."""
-        config = self.config
+        config, control = self.config, self.config.control
         base_model = config.base_model_name_or_path
         on_hub = is_hub_id(base_model)
-        plural = "s" if config.num_hidden_layers > 1 else ""
-        layers = f"{config.num_hidden_layers} hidden layer{plural} of {config.width}, {config.hidden_act}"
         return card(
             CardFacts(
                 repo_id=repo_id,
+                kind=config.kind,
                 base_model=base_model if on_hub else None,
                 base_model_revision=config.base_model_revision if on_hub else None,
                 reward=config.reward.name,
                 reward_mean=config.reward.mean,
                 reward_std=config.reward.std,
-                head=f"{config.hidden_size} inputs, " + (layers if config.num_hidden_layers else "linear"),
-                step_size=config.control.step_size,
-                num_steps=config.control.num_steps,
-                strength=config.control.strength,
-                calibration=config.control.calibration,
+                head=self._in_words(),
+                step_size=getattr(control, "step_size", None),
+                num_steps=getattr(control, "num_steps", None),
+                scale=getattr(control, "scale", None),
+                strength=control.strength,
+                calibration=control.calibration,
                 info=config.info,
             )
         )
+
+    def _in_words(self) -> str:
+        """The head's shape, for its card."""
+        config, rank = self.config, getattr(self.config, "rank", None)
+        if rank == 0:
+            return f"one constant vector of {config.hidden_size}"
+        plural = "s" if config.num_hidden_layers > 1 else ""
+        layers = f"{config.num_hidden_layers} hidden layer{plural} of {config.width}, {config.hidden_act}"
+        linear = "linear" + (f" of rank {rank}" if rank else "")
+        return f"{config.hidden_size} inputs, " + (layers if config.num_hidden_layers else linear)
 
     def _warn_of_local_base_model(self) -> None:
         base_model = self.config.base_model_name_or_path
@@ -235,7 +251,7 @@ class HeadFiles(nn.Module):
         return config_bytes, weights
 
 
-def _read_head(source: FolderHead | HubHead, config_class: type[ValueHeadConfig]) -> tuple[Any, dict[str, Tensor]]:
+def _read_head(source: FolderHead | HubHead, config_class: type[HeadConfig]) -> tuple[Any, dict[str, Tensor]]:
     """The config and the weights, checked; read again if they do not belong together.
 
     Then the cache is damaged, or the head was being saved while it was read.
@@ -250,7 +266,7 @@ def _read_head(source: FolderHead | HubHead, config_class: type[ValueHeadConfig]
 
 
 def _read_once(
-    source: FolderHead | HubHead, config_class: type[ValueHeadConfig], *, again: bool = False
+    source: FolderHead | HubHead, config_class: type[HeadConfig], *, again: bool = False
 ) -> tuple[Any, dict[str, Tensor]]:
     """The order is the point: nothing is allocated, parsed or computed from what was not checked before."""
     config = parse_config(_read_file(source.path(CONFIG_NAME, again=again), MAX_CONFIG_BYTES), config_class)

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from .config_checks import shown
 from .errors import HeadError
-from .head_config import ValueHeadConfig, shown
+from .head_config import HeadConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -25,7 +26,8 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_JSON_DEPTH = 32
 MAX_WEIGHT = 1e4
 MAX_STATISTIC = 1e12
-"""Bound of |input_mean| and of input_std, which must also be at least its inverse."""
+"""Bound of STATISTICS; input_std and output_scale must also be at least its inverse."""
+STATISTICS = ("input_mean", "input_std", "output_scale")
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -33,7 +35,7 @@ class WrongHash(HeadError):  # noqa: N818
     """The weights are not those that the config was written with."""
 
 
-def parse_config(data: bytes, config_class: type[ValueHeadConfig]) -> ValueHeadConfig:
+def parse_config(data: bytes, config_class: type[HeadConfig]) -> HeadConfig:
     """The config that config.json's bytes spell out.
 
     Raises:
@@ -42,21 +44,19 @@ def parse_config(data: bytes, config_class: type[ValueHeadConfig]) -> ValueHeadC
     return config_class.from_dict(_parse_object(data, CONFIG_NAME))
 
 
-def size_limit_of_weights(config: ValueHeadConfig) -> int:
+def size_limit_of_weights(config: HeadConfig) -> int:
     """Bytes that model.safetensors can have at most."""
     return 8 + MAX_HEADER_BYTES + 4 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
 
 
-def check_hash(weights: bytes, config: ValueHeadConfig) -> None:
+def check_hash(weights: bytes, config: HeadConfig) -> None:
     """Refuse weights that are not, bit for bit, those that the config was written with.
 
     Raises:
         HeadError: the config names no hash. WrongHash, if it names another.
     """
     if config.weights_sha256 is None:
-        raise HeadError(
-            f"Its {CONFIG_NAME} has no weights_sha256. Write a head's files with ValueHead.save_pretrained."
-        )
+        raise HeadError(f"Its {CONFIG_NAME} has no weights_sha256. Write a head's files with save_pretrained.")
     found = hashlib.sha256(weights).hexdigest()
     if found != config.weights_sha256:
         raise WrongHash(
@@ -65,7 +65,7 @@ def check_hash(weights: bytes, config: ValueHeadConfig) -> None:
         )
 
 
-def parse_weights(weights: bytes, config: ValueHeadConfig) -> dict[str, Tensor]:
+def parse_weights(weights: bytes, config: HeadConfig) -> dict[str, Tensor]:
     """The tensors of model.safetensors in float32, each with memory of its own.
 
     Raises:
@@ -89,18 +89,17 @@ def check_values(tensors: dict[str, Tensor]) -> None:
         HeadError: names the tensor and the magnitude.
     """
     for name, tensor in tensors.items():
-        bound = MAX_STATISTIC if name in ("input_mean", "input_std") else MAX_WEIGHT
+        bound = MAX_STATISTIC if name in STATISTICS else MAX_WEIGHT
         largest = tensor.abs().max().item()  # NaN if one is NaN
         if not largest <= bound:
             raise HeadError(
                 f"The tensor {name} holds a value of magnitude {largest:g}; allowed are finite ones up to {bound:g}. "
                 "Train the head again, with a smaller learning rate if it diverged."
             )
-    smallest = tensors["input_std"].min().item()
-    if not smallest >= 1 / MAX_STATISTIC:
-        raise HeadError(
-            f"The tensor input_std holds {smallest:g}; it divides, so at least {1 / MAX_STATISTIC:g} is needed."
-        )
+    for name in tensors.keys() & {"input_std", "output_scale"}:
+        smallest = tensors[name].min().item()
+        if not smallest >= 1 / MAX_STATISTIC:
+            raise HeadError(f"The tensor {name} holds {smallest:g}; at least {1 / MAX_STATISTIC:g} is needed.")
 
 
 def _parse_object(data: bytes, where: str) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _check_header(weights: bytes, shapes: dict[str, tuple[int, ...]]) -> None:
     if len(weights) < 8 or length > MAX_HEADER_BYTES or start > len(weights):
         raise HeadError(
             f"Its {WEIGHTS_NAME} is not a head's safetensors file: {len(weights)} bytes, of them {length} of header; "
-            f"at most {MAX_HEADER_BYTES} are allowed. Save it again with ValueHead.save_pretrained."
+            f"at most {MAX_HEADER_BYTES} are allowed. Save it again with save_pretrained."
         )
     header = _parse_object(weights[8:start], f"The header of {WEIGHTS_NAME}")
     header.pop("__metadata__", None)
@@ -150,7 +149,7 @@ def _check_header(weights: bytes, shapes: dict[str, tuple[int, ...]]) -> None:
         missing, unexpected = sorted(shapes.keys() - header.keys()), sorted(header.keys() - shapes.keys())
         raise HeadError(
             f"Its {WEIGHTS_NAME} does not hold the tensors of its {CONFIG_NAME}: missing {shown(missing)}, unexpected "
-            f"{shown(unexpected)}. Save both together with ValueHead.save_pretrained."
+            f"{shown(unexpected)}. Save both together with save_pretrained."
         )
     spans = sorted(_check_entry(name, header[name], shape) for name, shape in shapes.items())
     ends = [0, *(end for _, end in spans)]

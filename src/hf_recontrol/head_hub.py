@@ -15,8 +15,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
+from .config_checks import shown
 from .errors import HeadError, HeadUnavailable
-from .head_config import shown
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
 
 CARD_NAME = "README.md"
@@ -226,7 +226,7 @@ def push_files(
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in files.items() if name not in kept],
-            commit_message=commit_message or "Upload a value head",
+            commit_message=commit_message or "Upload a head",
             revision=revision,
             create_pr=create_pr,
             parent_commit=there.sha,  # a push by somebody else in between is an error, not overwritten

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from .config_checks import shown
 from .control import Controller
 from .control_config import ControlConfig, as_float
 from .errors import HeadMismatch
-from .head_config import shown
+from .head import Head
 from .hooks import lm_head, model_name
-from .registry import as_value_head, register_value_heads, registered_value_head
-from .value_head import ValueHead
+from .registry import as_head, register_value_heads, registered_head
 
 CONTROL = [field.name for field in fields(ControlConfig)]
 IN_A_CONFIG = ["value_head", *CONTROL, "strict", "trace"]
-HeadReference = str | os.PathLike[str] | ValueHead
+HeadReference = str | os.PathLike[str] | Head
 
 
 class Request(NamedTuple):
@@ -39,14 +39,16 @@ class RecontrolKeywords:
     """
 
     value_head: HeadReference | Mapping[HeadReference, float] | bool | None = None
-    """The head: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), or a ValueHead; or
-    several, each with its weight. False is none: stock generate(), whatever else is said."""
+    """The head, of either kind: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), a
+    ValueHead or a ControlHead; or several, each with its weight. False is none: stock generate(), whatever else is
+    said."""
     step_size: float | None = None
-    """α, ≥ 0; 0 is no control, bit for bit. Not together with strength."""
+    """α of a value head, ≥ 0; 0 is no control, bit for bit. Not together with strength."""
     num_steps: int | None = None
-    """n, 0 to 1024; 0 is no control, bit for bit."""
+    """n of a value head, 0 to 1024; 0 is no control, bit for bit."""
     strength: float | None = None
-    """Mean KL per token to spend, nats, > 0; picks α from the head's calibration, and sets max_kl to 4 × as much."""
+    """Mean KL per token to spend, nats, > 0; picks α, of a control head the scale, from the head's calibration, and
+    sets max_kl to 4 × as much."""
     max_kl: float | None = None
     """No token's KL above it, nats, > 0, before temperature and other logits processors; inf: no bound."""
     max_relative_norm: float | None = None
@@ -55,8 +57,10 @@ class RecontrolKeywords:
     """λ ≥ 0 of the penalty λ‖u‖²."""
     target_value: float | None = None
     """Value to steer to, from below and from above, in raw units of the reward."""
+    scale: float | None = None
+    """What the u of a control head is multiplied by, ≥ 0; 0 is no control, bit for bit. Not together with strength."""
     config: ControlConfig | Mapping[str, Any] | None = None
-    """The seven above at once. A keyword that says something else is an error."""
+    """The eight above at once. A keyword that says something else is an error."""
     revision: str | None = None
     """Branch, tag or commit of a head on the Hub."""
     token: str | None = None
@@ -129,20 +133,20 @@ class RecontrolKeywords:
                 )
         return ControlConfig(**{name: getattr(whole, name) for name in CONTROL} | said)
 
-    def _heads(self) -> dict[ValueHead, float]:
+    def _heads(self) -> dict[Head, float]:
         given = self.value_head
-        if isinstance(given, ValueHead) and (self.revision is not None or self.token is not None):
+        if isinstance(given, Head) and (self.revision is not None or self.token is not None):
             raise ValueError(
-                "recontrol_revision and recontrol_token are for a head on the Hub, but a ValueHead was given."
+                "recontrol_revision and recontrol_token are for a head on the Hub, but a head itself was given."
             )
         if not isinstance(given, Mapping):
-            return {as_value_head(given, revision=self.revision, token=self.token): 1.0}  # type: ignore[arg-type]
+            return {as_head(given, revision=self.revision, token=self.token): 1.0}  # type: ignore[arg-type]
         if self.revision is not None or self.token is not None or not given:
             raise ValueError(
                 f"recontrol_value_head has {len(given)} heads; pass one or more. recontrol_revision and "
                 'recontrol_token are for one head without a weight: write "id@revision", and log in for private ones.'
             )
-        return _summed((as_value_head(head), weight) for head, weight in given.items())
+        return _summed((as_head(head), weight) for head, weight in given.items())
 
 
 def _summed(pairs: Any) -> dict[Any, float]:
@@ -180,7 +184,7 @@ def said_by(config: Any, where: str) -> dict[str, Any]:
     return _known(ours, IN_A_CONFIG, f"The {where}")
 
 
-def _registered(named: Any, where: str) -> dict[ValueHead, float]:
+def _registered(named: Any, where: str) -> dict[Head, float]:
     """The heads that a config names; {} for False."""
     if named is False:
         return {}
@@ -190,7 +194,7 @@ def _registered(named: Any, where: str) -> dict[ValueHead, float]:
             f"The {where} has recontrol_value_head = {shown(named)}; it must be the name of a registered head, names "
             "with their weights, or False. Use model.set_recontrol_defaults()."
         )
-    return _summed((registered_value_head(name, where), weight) for name, weight in weights.items())
+    return _summed((registered_head(name, where), weight) for name, weight in weights.items())
 
 
 def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str, Any]) -> None:
@@ -202,10 +206,10 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
         )
     said = {name: value for name, value in defaults.items() if value is not None}
     if value_head is not None and value_head is not False:
-        if not isinstance(value_head, str | os.PathLike | ValueHead | Mapping):
-            as_value_head(value_head)  # says what is wrong
+        if not isinstance(value_head, str | os.PathLike | Head | Mapping):
+            as_head(value_head)  # says what is wrong
         weights = value_head if isinstance(value_head, Mapping) else {value_head: 1.0}
-        heads = {given: as_value_head(given) for given in weights}
+        heads = {given: as_head(given) for given in weights}
         keywords = RecontrolKeywords(_summed((heads[given], weight) for given, weight in weights.items()), **said)
         keywords.request(model, own_config=GenerationConfig())  # checks the lot, without the defaults of before
         names = {given: _name(given, head) for given, head in heads.items()}
@@ -224,8 +228,8 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
     config._from_model_config = False  # else save_pretrained takes it for a copy of the model's config, without ours
 
 
-def _name(given: Any, head: ValueHead) -> str:
-    if not isinstance(given, ValueHead):
+def _name(given: Any, head: Head) -> str:
+    if not isinstance(given, Head):
         return str(os.fspath(given))
     digest = hashlib.sha256(head.config.to_json_string().encode())
     for tensor in head.state_dict().values():
@@ -233,7 +237,7 @@ def _name(given: Any, head: ValueHead) -> str:
     return f"{head.config.reward.name}-{digest.hexdigest()[:8]}"
 
 
-def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = False, stacklevel: int = 5) -> None:
+def check_base_model(head: Head, model: PreTrainedModel, *, strict: bool = False, stacklevel: int = 5) -> None:
     """Refuse a head of another width; warn of a head of another base model, or refuse it where `strict`.
 
     Raises:
@@ -244,7 +248,9 @@ def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = 
     head.check_width(width, repr(name or type(model).__name__))
     kinds = head.config.base_model_type, model.config.model_type
     same = _may_be_same(trained_on, name) and (kinds[0] is None or kinds[0] == kinds[1])
-    pair = f"The value head was trained on {trained_on!r} ({kinds[0]}), this model is {name!r} ({kinds[1]})"
+    pair = (
+        f"The {head.config.kind} head was trained on {trained_on!r} ({kinds[0]}), this model is {name!r} ({kinds[1]})"
+    )
     if strict and (not same or trained_on is None or trained_on != name or name.startswith("./")):
         raise HeadMismatch(
             f"{pair}, and recontrol_strict asks for the same Hub id, since a folder's name says little. Use the head's "
@@ -252,7 +258,7 @@ def check_base_model(head: ValueHead, model: PreTrainedModel, *, strict: bool = 
         )
     if not same:
         warnings.warn(
-            f"{pair}; its values may mean nothing there. If the two share their weights, silence this by "
+            f"{pair}; it may mean nothing there. If the two share their weights, silence this by "
             "warnings.filterwarnings.",
             UserWarning,
             stacklevel=stacklevel,

@@ -11,14 +11,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
-TAGS = ("recontrol", "value-head", "test-time-alignment", "representation-editing")
+TAGS = ("recontrol", "test-time-alignment", "representation-editing")
 MAX_TEXT = 500
 METRIC_NAMES = {
     "explained_variance": "Explained variance of the reward",
     "explained_variance_linear": "Explained variance of the reward, by a linear head",
     "rank_correlation": "Rank correlation with the reward",
     "calibration_slope": "Slope of the reward on the prediction (1: calibrated, below 1: exaggerated)",
-    "loss": "Mean squared error to the λ-return",
+    "loss": "Loss",
+    "gain": "Gain of the reward, in its standard deviations, estimated from answers of the model as it was",
+    "kl_per_token": "KL from the base model, nats per token",
+    "kl_per_answer": "KL from the base model, nats per answer",
+    "clipped": "Share of tokens beyond the clipping range",
+}
+OBJECTIVES = {
+    "value": "squared error to the λ-return of the reward, over the tokens of the base model's own answers",
+    "control": "clipped probability ratio times advantage, less β times the KL from the base model, over the tokens of "
+    "answers",
 }
 TRAINING_NAMES = {
     "answers": "Answers",
@@ -30,6 +39,10 @@ TRAINING_NAMES = {
     "batch_size": "Answers in a batch",
     "learning_rate": "Learning rate",
     "ridge": "Ridge",
+    "beta": "β of the KL from the base model",
+    "clip_ratio": "Probability ratios are clipped to this and its inverse",
+    "critic": "Critic",
+    "iterations": "Rounds of answers collected",
     "seed": "Seed",
 }
 
@@ -40,6 +53,8 @@ class CardFacts:
 
     repo_id: str | None = None
     """The head's repository on the Hub."""
+    kind: str = "value"
+    """"value" or "control"."""
     base_model: str | None = None
     """The base model's id on the Hub; anything else is left out."""
     base_model_revision: str | None = None
@@ -56,10 +71,12 @@ class CardFacts:
     """α that the head is used with unless told otherwise."""
     num_steps: int | None = None
     """n that the head is used with unless told otherwise."""
+    scale: float | None = None
+    """What the u of a control head is multiplied by unless told otherwise."""
     strength: float | None = None
-    """Mean KL per token, in nats, that the head is used with unless told otherwise; α belongs to it."""
+    """Mean KL per token, in nats, that the head is used with unless told otherwise; α or the scale belongs to it."""
     calibration: Sequence[Sequence[float]] = ()
-    """Pairs (mean KL per token in nats, the α that gives it at n steps)."""
+    """Pairs (mean KL per token in nats, the α at n steps, or the scale, that gives it)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, evaluation (figures by name, `name_interval`, `answers`, `seed`), data,
     license, language."""
@@ -78,14 +95,16 @@ def card(facts: CardFacts) -> str:
     text: str = ModelCard.from_template(
         _yaml(facts, results),
         template_str=Path(__file__).with_name("MODEL_CARD_TEMPLATE.md").read_text(encoding="utf-8"),
-        title=escaped(facts.repo_id or "Value head"),
+        kind=facts.kind,
+        title=escaped(facts.repo_id or _title(facts)),
         base_model=f"[{escaped(base_model)}](https://huggingface.co/{base_model})" if base_model else None,
         base_model_revision=code(facts.base_model_revision),
         base_model_arguments=_arguments(base_model, facts.base_model_revision) if base_model else None,
         head_literal=json.dumps(facts.repo_id or "path/to/this/folder"),
         reward=code(facts.reward),
         control=_control(facts),
-        keyword="recontrol_step_size" if facts.strength is None else "recontrol_strength",
+        keyword="recontrol_strength" if facts.strength is not None else f"recontrol_{_multiplier(facts)}",
+        multiplier=_multiplier(facts).replace("_", " "),
         calibration=[(f"{kl:g}", f"{step_size:.4g}") for kl, step_size in facts.calibration],
         calibration_states=_number(_mapping(facts.info, "calibration").get("states")),
         training=list(_training(facts)),
@@ -119,13 +138,13 @@ def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
     return ModelCardData(
         library_name="hf-recontrol",
         pipeline_tag="text-generation",
-        tags=list(TAGS),
+        tags=[TAGS[0], f"{facts.kind}-head", *TAGS[1:]],
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
         datasets=dataset,
         license=_identifier(info.get("license")),
         language=_identifier(info.get("language")),
-        model_name=one_line(facts.repo_id or "Value head") if results else None,
+        model_name=one_line(facts.repo_id or _title(facts)) if results else None,
         eval_results=results or None,
     )
 
@@ -135,11 +154,22 @@ def _arguments(base_model: str, revision: str | None) -> str:
     return json.dumps(base_model) + (f", revision={json.dumps(one_line(revision))}" if revision else "")
 
 
+def _title(facts: CardFacts) -> str:
+    return f"{facts.kind.capitalize()} head"
+
+
+def _multiplier(facts: CardFacts) -> str:
+    return "scale" if facts.kind == "control" else "step_size"
+
+
 def _control(facts: CardFacts) -> str | None:
-    if facts.step_size is None or facts.num_steps is None:
+    if facts.scale is not None:
+        how = f"scale {facts.scale:.4g}"
+    elif facts.step_size is not None and facts.num_steps is not None:
+        how = f"α = {facts.step_size:.4g} and n = {facts.num_steps} steps at each token"
+    else:
         return None
-    steps = f"α = {facts.step_size:.4g} and n = {facts.num_steps} steps at each token"
-    return steps if facts.strength is None else f"a strength of {facts.strength:g} nats a token ({steps})"
+    return how if facts.strength is None else f"a strength of {facts.strength:g} nats a token ({how})"
 
 
 def _training(facts: CardFacts) -> Iterator[str]:
@@ -150,7 +180,7 @@ def _training(facts: CardFacts) -> Iterator[str]:
         scale += "" if facts.reward_std is None else f", standard deviation {facts.reward_std:.4g}"
         yield f"Reward: {code(facts.reward)}{scale}"
     if _mapping(facts.info, "training"):
-        yield "Objective: squared error to the λ-return of the reward, over the tokens of the base model's own answers"
+        yield f"Objective: {OBJECTIVES.get(facts.kind, facts.kind)}"
     if facts.info.get("data") is not None:
         yield f"Data: {code(facts.info['data'])}"
     for name, value in _mapping(facts.info, "training").items():

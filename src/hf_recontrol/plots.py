@@ -83,7 +83,7 @@ class ShownTrace:
         return f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{"".join(parts)}</div>'
 
 
-def show(trace: Trace, tokenizer: Any = None, *, by: str = "values") -> ShownTrace:
+def show(trace: Trace, tokenizer: Any = None, *, by: str | None = None) -> ShownTrace:
     """The rows' tokens in colour: the last line of a notebook's cell, or `print` it.
 
     Values run from blue over white, their mean, to orange; KL and ‖u‖ from white, 0, to purple; grey is not finite.
@@ -92,8 +92,10 @@ def show(trace: Trace, tokenizer: Any = None, *, by: str = "values") -> ShownTra
     Args:
         trace: of (rows, tokens); each row is shown up to its length.
         tokenizer: the model's; None shows the ids.
-        by: "values" or "steered_values", in units of the reward; "kl", nats; "control_norms", of the hidden state.
+        by: "values" or "steered_values", in units of the reward; "kl", nats; "control_norms", of the hidden state. Of
+            a control head, which knows no values, "kl" where None; else "values".
     """
+    by = ("kl" if bool(trace.values.isnan().all()) else "values") if by is None else by
     if by not in SHOWN_BY:
         raise ValueError(f"by is {by!r}, but tokens are coloured by one of {', '.join(SHOWN_BY)}. Pass one of these.")
     numbers, colour = _scale(trace, by)
@@ -122,15 +124,16 @@ def _row(trace: Trace, row: int, texts: list[str], by: str, colour: Paint) -> tu
         return f"row {row}: no tokens", []
     columns = {name: getattr(trace, name)[row, : len(texts)] for name in (*SHOWN_BY, "capped", "sound")}
     before, after, kl = (float(columns[name].nanmean()) for name in ("values", "steered_values", "kl"))
+    values = "" if math.isnan(before) else f"mean value {before:.3g} → {after:.3g}, "  # a control head knows none
     summary = (
-        f"row {row}: tokens {len(texts)}, mean value {before:.3g} → {after:.3g}, mean KL {kl:.3g} nats per token, "
+        f"row {row}: tokens {len(texts)}, {values}mean KL {kl:.3g} nats per token, "
         f"at the cap {int(columns['capped'].sum())}, left unedited {int((~columns['sound']).sum())}"
     )
     tokens = []
     for i, text in enumerate(texts):
         value, steered, kl, norm, capped, sound = (column[i].item() for column in columns.values())
         signs = ["▲"] * capped + ["✗"] * (not sound)
-        numbers = f"value {value:.3g} → {steered:.3g}\n‖u‖ {norm:.3g}\nKL {kl:.3g} nats"
+        numbers = f"value {value:.3g} → {steered:.3g}\n" * bool(values) + f"‖u‖ {norm:.3g}\nKL {kl:.3g} nats"
         tooltip = "\n".join([numbers, *(SIGNS[sign] for sign in signs)])
         tokens.append(_Token(text, colour(columns[by][i].item()), "".join(signs[-1:]), tooltip))
     return summary, tokens
@@ -165,6 +168,8 @@ def _figure(width: float, height: float) -> "Figure":
 def trace_figure(trace: Trace, row: int = 0, tokenizer: Any = None) -> "Figure":
     """One answer, token by token: V(h) and V(h + u), ‖u‖, KL; triangles at the cap, dotted lines where left unedited.
 
+    Of a control head, which knows no values, ‖u‖ and KL.
+
     `figure.savefig("trace.png")` writes it; a notebook shows it after `%matplotlib inline`.
 
     Args:
@@ -177,12 +182,19 @@ def trace_figure(trace: Trace, row: int = 0, tokenizer: Any = None) -> "Figure":
         raise ValueError(f"row is {row}, but the rows that have tokens to draw are {drawable}. Pass one of these.")
     length = int(trace.lengths[row])
     figure = _figure(min(max(8.0, 1.5 + 0.2 * length), 13.5), 7)
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
-    axes[0].plot(range(length), trace.values[row, :length].numpy(), ".-", color=LINES[0], label="before the control")
-    curves = (trace.steered_values, trace.control_norms, trace.kl)
-    names = ("value\n(units of the reward)", "‖u‖ (units of\nthe hidden state)", "KL of the token\n(nats)")
+    curves = {
+        "value\n(units of the reward)": trace.steered_values,
+        "‖u‖ (units of\nthe hidden state)": trace.control_norms,
+        "KL of the token\n(nats)": trace.kl,
+    }
+    before = trace.values[row, :length]
+    if bool(before.isnan().all()):
+        del curves["value\n(units of the reward)"]
+    axes = figure.subplots(len(curves), 1, sharex=True, height_ratios=(2, 1, 1)[-len(curves) :])
+    if len(curves) == 3:
+        axes[0].plot(range(length), before.numpy(), ".-", color=LINES[0], label="before the control")
     capped, unedited = (part[row, :length].nonzero()[:, 0].tolist() for part in (trace.capped, ~trace.sound))
-    for axis, curve, name in zip(axes, curves, names, strict=True):
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
         axis.plot(range(length), curve[row, :length].numpy(), ".-", color=LINES[1], label="after the control")
         axis.plot(capped, curve[row, capped].numpy(), "^", color="black", markersize=5, label="at the cap")
         for i in unedited:

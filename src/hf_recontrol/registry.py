@@ -7,15 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .head_config import shown
+from .config_checks import shown
+from .head import Head
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
-from .value_head import ValueHead
 
-_REGISTERED: dict[str, ValueHead] = {}
+_REGISTERED: dict[str, Head] = {}
 
 
 def register_value_heads(
-    heads: "Mapping[str, str | os.PathLike[str] | ValueHead | None]", *, token: str | None = None
+    heads: "Mapping[str, str | os.PathLike[str] | Head | None]", *, token: str | None = None
 ) -> None:
     """Give heads names by which a generation config may ask for them. Reads each one now, from the Hub too.
 
@@ -23,8 +23,8 @@ def register_value_heads(
     and nowhere else, so data never decides what is loaded.
 
     Args:
-        heads: name → a folder, an id on the Hub, "id@revision", or a ValueHead; None takes the name off the list. A
-            name that is there is replaced; a head on the Hub stays at the commit it has now.
+        heads: name → a folder, an id on the Hub, "id@revision", or a head of either kind; None takes the name off the
+            list. A name that is there is replaced; a head on the Hub stays at the commit it has now.
         token: access token for heads on the Hub; the stored one where None.
 
     Raises:
@@ -36,7 +36,7 @@ def register_value_heads(
     for name in heads:
         if not isinstance(name, str) or not 0 < len(name) <= 512 or not name.isprintable():
             raise ValueError(f"A head's name is {shown(name)}; it must be a text of 1 to 512 printable characters.")
-    loaded = {name: head if head is None else as_value_head(head, token=token) for name, head in heads.items()}
+    loaded = {name: head if head is None else as_head(head, token=token) for name, head in heads.items()}
     for name, head in loaded.items():
         if head is None:
             _REGISTERED.pop(name, None)
@@ -44,7 +44,7 @@ def register_value_heads(
             _REGISTERED[name] = head
 
 
-def registered_value_head(name: str, where: str) -> ValueHead:
+def registered_head(name: str, where: str) -> Head:
     """The head of that name.
 
     Raises:
@@ -62,22 +62,20 @@ def registered_value_head(name: str, where: str) -> ValueHead:
     return head
 
 
-def as_value_head(
-    head: "str | os.PathLike[str] | ValueHead", *, revision: str | None = None, token: str | None = None
-) -> ValueHead:
+def as_head(head: "str | os.PathLike[str] | Head", *, revision: str | None = None, token: str | None = None) -> Head:
     """A head as given, or read from the folder or Hub id that was given.
 
     Raises:
         TypeError: it is neither.
-        HeadError, HeadUnavailable: as ValueHead.from_pretrained.
+        HeadError, HeadUnavailable: as Head.from_pretrained.
     """
-    if isinstance(head, ValueHead):
+    if isinstance(head, Head):
         return head
     if isinstance(head, str | os.PathLike):
-        return load_value_head(os.fspath(head), revision, token)
+        return load_head(os.fspath(head), revision, token)
     raise TypeError(
-        f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead, a dict "
-        "of these with their weights, or False."
+        f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead or "
+        "ControlHead, a dict of these with their weights, or False."
     )
 
 
@@ -89,10 +87,10 @@ class _HeadCache:
 
     def __init__(self, size: int = 16):
         self._size = size
-        self._heads: OrderedDict[tuple[object, ...], ValueHead] = OrderedDict()
+        self._heads: OrderedDict[tuple[object, ...], Head] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[object, ...], load: Callable[[], ValueHead]) -> ValueHead:
+    def get(self, key: tuple[object, ...], load: Callable[[], Head]) -> Head:
         with self._lock:
             if key not in self._heads:
                 self._heads[key] = load()
@@ -105,12 +103,12 @@ class _HeadCache:
 _HEADS = _HeadCache()
 
 
-def load_value_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> ValueHead:
+def load_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> Head:
     """The head of that folder or Hub id, read once per process."""
     files: tuple[object, ...] = ()
     if (folder := Path(name_or_path).expanduser()).is_dir():
         parts = [part for name in (CONFIG_NAME, WEIGHTS_NAME) if (part := folder / name).exists()]
         files = tuple((part.stat().st_mtime_ns, part.stat().st_size, part.stat().st_ino) for part in parts)
         name_or_path = str(folder.resolve())
-    load = functools.partial(ValueHead.from_pretrained, name_or_path, revision=revision, token=token)
+    load = functools.partial(Head.from_pretrained, name_or_path, revision=revision, token=token)
     return _HEADS.get((name_or_path, revision, token, files), load)

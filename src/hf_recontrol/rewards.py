@@ -23,8 +23,8 @@ from transformers import (
     TrainerState,
 )
 
+from .config_checks import shown
 from .errors import CollectError
-from .head_config import shown
 
 R = TypeVar("R")
 Text = str | list[dict[str, Any]]

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config_checks import shown
 from .errors import CollectError
-from .head_config import shown
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .head_config import shown
+from .config_checks import shown
 from .head_hub import package_version
 from .hooks import model_name
 from .rewards import RESERVED, RewardFunc, Rewards, Text

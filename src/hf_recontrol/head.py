@@ -1,0 +1,82 @@
+"""What the two kinds of head share: they read standardised hidden states, and belong to one width."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import HeadMismatch
+from .head_config import HeadConfig
+from .head_files import HeadFiles
+
+
+def _relu_slope(z: Tensor) -> Tensor:
+    slope: Tensor = (z > 0).to(z.dtype)  # 0 at the kink, as autograd has it
+    return slope
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    slope: Tensor = gate * (1 + z * (1 - gate))
+    return slope
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
+    slope: Tensor = (1 + torch.erf(z / 2**0.5)) / 2 + z * density
+    return slope
+
+
+def _tanh_slope(z: Tensor) -> Tensor:
+    return 1 - torch.tanh(z).square()
+
+
+ACTIVATION_AND_SLOPE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (torch.relu, _relu_slope),
+    "silu": (functional.silu, _silu_slope),
+    "gelu": (functional.gelu, _gelu_slope),
+    "tanh": (torch.tanh, _tanh_slope),
+}
+
+
+class Head(HeadFiles):
+    """A ValueHead or a ControlHead. `Head.from_pretrained` reads a folder or Hub repository of either kind.
+
+    Weights are float32 when made or loaded; `.to(torch.float64)` computes in float64. Nothing computes in less than
+    float32.
+    """
+
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.register_buffer("input_mean", torch.zeros(config.hidden_size, dtype=torch.float32))
+        self.register_buffer("input_std", torch.ones(config.hidden_size, dtype=torch.float32))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: float32, or float64 if the head was moved to it."""
+        return self.input_mean.dtype
+
+    def standardized(self, hidden_states: Tensor) -> Tensor:
+        """x = (h − input_mean) / input_std, in the head's dtype.
+
+        Raises:
+            HeadMismatch: the hidden states are of another width.
+        """
+        self.check_width(hidden_states.shape[-1])
+        return (hidden_states.to(self.dtype) - self.input_mean) / self.input_std
+
+    def check_width(self, hidden_size: int, model_name: str = "this model") -> None:
+        """Raise HeadMismatch unless hidden states are as wide as the head reads."""
+        if hidden_size != self.config.hidden_size:
+            trained_on = self.config.base_model_name_or_path or "an unnamed model"
+            raise HeadMismatch(
+                f"The {self.config.kind} head reads hidden states {self.config.hidden_size} wide (it was trained on "
+                f"{trained_on!r}), but those of {model_name} are {hidden_size} wide. Use a head trained on this "
+                "model, or train one with RecontrolTrainer."
+            )
