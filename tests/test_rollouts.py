@@ -395,7 +395,7 @@ def test_rollouts_are_the_plain_models_also_where_it_is_enabled(tmp_path):
     collect(tmp_path / "stock")
     collect(tmp_path / "enabled", model=enable_recontrol(tiny_model()))
     assert contents(tmp_path / "stock") == contents(tmp_path / "enabled")
-    with pytest.raises(ValueError, match="rollouts are the plain model's"):
+    with pytest.raises(ValueError, match="which collect_rollouts sets itself"):
         collect(tmp_path / "steered", generation_kwargs={"recontrol_value_head": tiny_head()})
 
 

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser
 
-import hf_recontrol.trainer as trainer_module
+import hf_recontrol.fitting as fitting
 import hf_recontrol.training_args as args_module
 from hf_recontrol.calibration import calibrate, mean_kl, sample_states
 from hf_recontrol.control import Controller
@@ -108,7 +108,7 @@ def test_a_reward_on_the_first_token_would_be_noticed(tmp_path, rollouts, monkey
         targets[offsets[:-1]] = rewards
         return targets
 
-    monkeypatch.setattr(trainer_module, "lambda_returns", on_the_first_token)
+    monkeypatch.setattr(fitting, "lambda_returns", on_the_first_token)
     _, slope = against_the_true_v(fit(tmp_path, rollouts, td_lambda=0.0, **QUICK).model, rollouts)
     assert slope < 0.7
 
@@ -117,7 +117,9 @@ def test_targets_that_carry_gradient_would_be_noticed(tmp_path, rollouts):
     class Attached(RecontrolTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             values, last = model(inputs["hidden_states"]), inputs["offsets"][1:] - 1
-            targets = torch.cat([values[1:], values[:1]]).index_put((last,), self._standardized(inputs["rewards"]))
+            targets = torch.cat([values[1:], values[:1]]).index_put(
+                (last,), self.objective._standardized(inputs["rewards"])
+            )
             return (values - targets).square().sum() / num_items_in_batch
 
     trainer = fit(tmp_path, rollouts, trainer_class=Attached, td_lambda=0.0, **QUICK)
@@ -376,7 +378,7 @@ def test_a_command_line_can_say_every_argument(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"recipe": "papre"}, "recipe is 'papre'; it must be None or 'paper'"),
+        ({"recipe": "papre"}, "recipe is 'papre'; it must be None, 'control' or 'paper'"),
         ({"td_lambda": 1.5}, r"td_lambda is 1\.5; it must be from 0"),
         ({"td_lambda": float("nan")}, "td_lambda is nan"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter is True.*hide a NaN loss"),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .control import Controller
 from .control_config import BELT, ControlConfig
-from .forwards import logits_of
+from .forwards import logits_at_once, logits_of
 from .head import Head
 from .head_config import ControlDefaults
 from .keywords import check_base_model
@@ -26,7 +26,6 @@ MAX_STATES = 2048  # their mean KL has a standard error of 2 to 3 %
 STATES_OF_AN_ANSWER = 16
 TOLERANCE = 0.005
 MAX_TRIALS = 60
-LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
 
 
 def calibrate(head: Head, model: PreTrainedModel, hidden_states: Tensor) -> None:
@@ -94,7 +93,7 @@ def mean_kl(controller: Controller, model: PreTrainedModel, hidden_states: Tenso
     """Mean over states of KL(p ‖ p_base) in nats, each state's held at `cap`; without the controller's own max_kl."""
     total = 0.0
     with torch.no_grad():
-        for states in hidden_states.split(max(1, LOGITS_AT_ONCE // (2 * model.config.get_text_config().vocab_size))):
+        for states in hidden_states.split(logits_at_once(model)):
             states = states.to(model.device, model.dtype)
             base, edited = logits_of(model, torch.cat([states, controller(states)])).chunk(2)
             total += float(kl_divergence(edited, base).clamp(max=cap).sum())

@@ -3,7 +3,8 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,12 @@ class Controller:
     def is_identity(self) -> bool:
         """Whether nothing is edited: α = 0 or n = 0, and the scale is 0."""
         return (self.step_size == 0 or self.num_steps == 0) and not any(scale for _, scale in self._controls)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the control, as plain JSON: two controllers whose facts are equal steer alike."""
+        heads = [[head.digest(), factor] for head, factor in [*self._controls, *self._values]]
+        said = {name: value for name, value in asdict(self.config).items() if value not in (None, math.inf)}
+        return {"heads": heads, "config": said}
 
     @property
     def max_kl(self) -> float | None:

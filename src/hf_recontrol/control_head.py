@@ -5,7 +5,7 @@ and those by the logits. control_fitting.py has the objective that asks for bett
 """
 
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,11 @@ class ControlHead(Head):
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         self.bias = nn.Parameter(torch.zeros(config.hidden_size, dtype=torch.float32))
         self.register_buffer("output_scale", torch.ones(config.hidden_size, dtype=torch.float32))
+
+    def is_zero(self) -> bool:
+        """Whether u = 0 whatever h is, as of a head that was just made."""
+        weights: list[Any] = [self.bias, *(layer.weight for layer in self.layers[-1:])]
+        return not any(bool(weight.any()) for weight in weights)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """u = f(h), in units of the hidden state, at scale 1.

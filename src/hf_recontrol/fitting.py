@@ -4,14 +4,16 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
 from .errors import HeadMismatch
-from .head_config import RewardScale, ValueHeadConfig
+from .head import Head
+from .head_config import HeadConfig, RewardScale, ValueHeadConfig
 from .model_card import one_line
 from .objectives import lambda_returns
 from .value_head import ValueHead
@@ -21,31 +23,37 @@ def pack_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """One batch, without padding: the states of all answers one after the other.
 
     Args:
-        answers: items of a RolloutDataset: "hidden_states" float (length, hidden_size), "reward" a number.
+        answers: items of a RolloutDataset: "hidden_states" float (length, hidden_size), "reward" a number, "token_ids"
+            long (length,).
 
     Returns:
         "hidden_states" (tokens, hidden_size) in their own dtype; "rewards" float32 (answers,), as the reward function
-        gave them; "offsets" long (answers + 1,): the states of answer i are offsets[i]:offsets[i + 1].
+        gave them; "offsets" long (answers + 1,): the states of answer i are offsets[i]:offsets[i + 1]; and where the
+        answers have them "token_ids" long (tokens,): the token that each state predicted.
     """
     lengths = torch.tensor([0] + [len(answer["hidden_states"]) for answer in answers])
-    return {
+    packed = {
         "hidden_states": torch.cat([answer["hidden_states"] for answer in answers]),
         "rewards": torch.tensor([float(answer["reward"]) for answer in answers]),
         "offsets": lengths.cumsum(0),
     }
+    if all("token_ids" in answer for answer in answers):
+        packed["token_ids"] = torch.cat([torch.as_tensor(answer["token_ids"]) for answer in answers])
+    return packed
 
 
-def _batches(answers: Any, size: int = 32) -> Iterator[dict[str, Tensor]]:
+def batches(answers: Any, size: int = 32) -> Iterator[dict[str, Tensor]]:
+    """The answers, packed, `size` at a time and in order."""
     # By hand: a DataLoader would draw from torch's random state, and a resumed run would differ from a whole one.
     for start in range(0, len(answers), size):
         yield pack_answers([answers[i] for i in range(start, min(start + size, len(answers)))])
 
 
-def _parts(dataset: Any) -> list[Any]:
+def parts_of(dataset: Any) -> list[Any]:
     """The stores that a dataset is made of."""
     if isinstance(dataset, ConcatDataset):
-        return [part for whole in dataset.datasets for part in _parts(whole)]
-    return _parts(dataset.dataset) if isinstance(dataset, Subset) else [dataset]
+        return [part for whole in dataset.datasets for part in parts_of(whole)]
+    return parts_of(dataset.dataset) if isinstance(dataset, Subset) else [dataset]
 
 
 def _rewards(dataset: Any) -> Tensor:
@@ -77,11 +85,11 @@ def check_answers(dataset: Any, name: str, hidden_size: int | None = None) -> No
             f"{name} has {len(rewards)} answers, {bad} of them without a finite reward; expected one or more, each "
             "with a reward. Collect rollouts with collect_rollouts: RolloutDataset leaves answers without a reward out."
         )
-    widths = sorted({part[0]["hidden_states"].shape[-1] for part in _parts(dataset) if len(part)})
+    widths = sorted({part[0]["hidden_states"].shape[-1] for part in parts_of(dataset) if len(part)})
     if widths != [hidden_size or widths[0]]:
         raise HeadMismatch(
-            f"The value head reads hidden states {hidden_size or widths[0]} wide, but those of {name} are "
-            f"{' and '.join(map(str, widths))} wide. Make a ValueHeadConfig(hidden_size=…) for the model that wrote "
+            f"The head reads hidden states {hidden_size or widths[0]} wide, but those of {name} are "
+            f"{' and '.join(map(str, widths))} wide. Make its config with hidden_size=… for the model that wrote "
             "the rollouts, and train on the rollouts of one model."
         )
 
@@ -99,7 +107,7 @@ def reward_scale(answers: Any, name: str = "reward") -> RewardScale:
     return RewardScale(name=name, mean=rewards.mean().item(), std=rewards.std(unbiased=False).item())
 
 
-class _Moments:
+class Moments:
     """Sums over states, streamed in float64: mean and std, and with `products` the normal equations of a linear V."""
 
     def __init__(
@@ -109,7 +117,7 @@ class _Moments:
         total, squares, with_return = torch.zeros(3, width, dtype=torch.float64, device=device)
         square = torch.zeros(width, width if products else 0, dtype=torch.float64, device=device)
         self.tokens, returns_total = 0, 0.0
-        for batch in _batches(answers):
+        for batch in batches(answers):
             states = batch["hidden_states"].to(device, torch.float64)
             returns = _returns(batch["rewards"].double(), batch["offsets"], reward).to(device)
             self.tokens += len(states)
@@ -135,7 +143,7 @@ def _returns(rewards: Tensor, offsets: Tensor, scale: RewardScale) -> Tensor:
     return ((rewards - scale.mean) / scale.std).repeat_interleave(offsets.diff())
 
 
-def set_scales(head: ValueHead, answers: Any, *, standardize_inputs: bool = True) -> None:
+def set_scales(head: Head, answers: Any, *, standardize_inputs: bool = True) -> None:
     """Write into a head the names, and the reward's and states' mean and std, of the answers it will be trained on.
 
     A head that has scales (it was trained before) keeps them: its weights were fitted to them.
@@ -146,7 +154,7 @@ def set_scales(head: ValueHead, answers: Any, *, standardize_inputs: bool = True
         return
     head.config.reward = reward_scale(answers, raw.name)
     if standardize_inputs:
-        moments = _Moments(answers, head.config.reward)
+        moments = Moments(answers, head.config.reward)
         head.input_mean.copy_(moments.mean)
         head.input_std.copy_(moments.std)
 
@@ -183,7 +191,7 @@ def fit_linear_head(
         raise ValueError(f"ridge is {ridge!r}; it must be a finite number ≥ 0.")
     check_answers(train_dataset, "train_dataset")
     scale = replace(reward) if reward else reward_scale(train_dataset)
-    moments = _Moments(train_dataset, scale, products=True, device=device)
+    moments = Moments(train_dataset, scale, products=True, device=device)
     correlation = moments.covariances / (moments.std[:, None] * moments.std)
     system = correlation + max(ridge, 1e-12) * torch.eye(len(correlation), dtype=torch.float64, device=device)
     weight = torch.linalg.solve(system, moments.covariance / moments.std)
@@ -258,9 +266,52 @@ def value_metrics(
     return metrics
 
 
-def set_names(config: ValueHeadConfig, dataset: Any) -> None:
+class ValueObjective:
+    """Minimises the mean over tokens of (V(s_t) − v_t)², v_t the λ-return. See lambda_returns.
+
+    Args:
+        head: V; its config has the reward's scale.
+        train_dataset: for the linear head that V is compared with; None compares with none.
+    """
+
+    def __init__(self, head: ValueHead, train_dataset: Any, *, td_lambda: float, device: torch.device):
+        self.head, self.train_dataset, self.td_lambda, self.device = head, train_dataset, td_lambda, device
+
+    @cached_property
+    def linear_head(self) -> ValueHead | None:
+        """The ridge head of the training answers; fitted when it is first asked for."""
+        if self.train_dataset is None:
+            return None
+        device = self.device if self.device.type == "cuda" else "cpu"  # some other kinds have no float64
+        return fit_linear_head(self.train_dataset, reward=self.head.config.reward, device=device).to(self.device)
+
+    def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of each token, (tokens,)."""
+        values: Tensor = model(batch["hidden_states"])
+        returns = lambda_returns(
+            values.detach(), self._standardized(batch["rewards"]), batch["offsets"], self.td_lambda
+        )
+        return (values - returns).square()
+
+    def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """What `metrics` reads of each token: V, and the linear head's; float32 (tokens, 1 or 2)."""
+        heads = [model] if self.linear_head is None else [model, self.linear_head]
+        with torch.no_grad():
+            return torch.stack([head(batch["hidden_states"]).float() for head in heads], dim=-1)
+
+    def metrics(self, observed: Tensor, rewards: Tensor, offsets: Tensor) -> dict[str, float]:
+        """See value_metrics."""
+        linear = observed[:, 1] if observed.shape[1] > 1 else None
+        return value_metrics(observed[:, 0], self._standardized(rewards), offsets, self.td_lambda, linear)
+
+    def _standardized(self, rewards: Tensor) -> Tensor:
+        scale = self.head.config.reward
+        return (rewards - scale.mean) / scale.std
+
+
+def set_names(config: HeadConfig, dataset: Any) -> None:
     """Take from the rollouts' fingerprint the names that a head's config leaves out: base model and reward."""
-    for part in _parts(dataset):
+    for part in parts_of(dataset):
         fingerprint = getattr(part, "fingerprint", None) or {}
         for name in ("base_model_name_or_path", "base_model_revision", "base_model_type"):
             if getattr(config, name) is None and fingerprint.get(name) is not None:

@@ -14,6 +14,7 @@ from .control import Controller
 from .errors import SteeringNotApplied
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol, unwrapped
 from .hooks import Call, HiddenStates, lm_head_owner, run_live
+from .kl_bound import bounded
 from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 
 
@@ -119,3 +120,15 @@ def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
         outputs = run_live(Call(instead, owner=lm_head_owner(model)), model, **inputs)
     logits: Tensor = outputs.logits
     return logits.reshape(len(hidden_states), -1)
+
+
+def steered_logits(model: PreTrainedModel, hidden_states: Tensor, controller: Controller) -> Tensor:
+    """As logits_of, of the edited hidden states, and held at the controller's max_kl."""
+    base, edited = logits_of(model, torch.cat([hidden_states, controller(hidden_states)])).chunk(2)
+    return edited if controller.max_kl is None else bounded(base, edited, controller.max_kl)[0]
+
+
+def logits_at_once(model: PreTrainedModel) -> int:
+    """How many tokens' logits to hold at a time, where there are several copies of 64 MiB (on a GPU 512 MiB) each."""
+    elements = 2**24 if model.device.type == "cpu" else 2**27
+    return max(1, int(elements // model.config.get_text_config().vocab_size))

@@ -1,5 +1,6 @@
 """What the two kinds of head share: they read standardised hidden states, and belong to one width."""
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -70,6 +71,14 @@ class Head(HeadFiles):
         """
         self.check_width(hidden_states.shape[-1])
         return (hidden_states.to(self.dtype) - self.input_mean) / self.input_std
+
+    def digest(self) -> str:
+        """A hash of what it computes: its shape and weights, whatever its names and defaults are."""
+        config = self.config
+        digest = hashlib.sha256(f"{config.kind} {config.hidden_act} {config.num_hidden_layers}".encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_width(self, hidden_size: int, model_name: str = "this model") -> None:
         """Raise HeadMismatch unless hidden states are as wide as the head reads."""

@@ -1,4 +1,4 @@
-"""λ-returns: what V is trained towards. λ = 0 is the paper's Bellman target, λ = 1 Monte Carlo. Pure mathematics."""
+"""What heads are trained towards: λ-returns for V, the clipped gain for a control. Pure mathematics."""
 
 import torch
 from torch import Tensor
@@ -42,6 +42,26 @@ def lambda_returns(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: 
         t = last[remaining > back] - back
         targets[t] = (1 - td_lambda) * targets[t] + td_lambda * targets[t + 1]
     return targets
+
+
+def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
+    """min(ρA, clip(ρ, 1/c, c)A) with ρ = p_u(y)/p_old(y): what a control gains at tokens that p_old chose.
+
+    Its expectation under p_old is that of A under p_u, where no ratio is clipped; nothing is to be gained by moving one
+    beyond the range. Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347, equation 7), with a range
+    that is symmetric in log ρ.
+
+    Args:
+        log_ratios: log ρ, float (tokens,).
+        advantages: A, the same shape.
+        clip_ratio: c > 1.
+
+    Example:
+        >>> clipped_gain(torch.tensor([0.0, 5.0, -5.0]), torch.tensor([1.0, 1.0, -1.0]), 2.0)
+        tensor([ 1.0000,  2.0000, -0.5000])
+    """
+    ratios = log_ratios.exp()
+    return torch.minimum(ratios * advantages, ratios.clamp(1 / clip_ratio, clip_ratio) * advantages)
 
 
 def _check(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from .control import Controller
 from .errors import CollectError
 from .forwards import generate_with_hidden_states
 from .rewards import Rewards, Text
@@ -29,6 +30,7 @@ class Collector:
     drop_truncated: bool
     stop_strings: list[str]
     generation: dict[str, Any]
+    controller: Controller | None = None
 
     def checked_token_ids(self) -> Iterator[list[int]]:
         """Of each prompt; raises if one is empty, or leaves its answer no room in the model's context."""
@@ -86,6 +88,7 @@ class Collector:
         return {
             "prompt_id": prompt_id,
             "prompt": prompt,
+            "prompt_token_ids": self._token_ids(prompt),
             "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
             "token_ids": token_ids,
             "reward": None,
@@ -109,11 +112,17 @@ class Collector:
             attention_mask=attention_mask.to(device),
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
-            recontrol_value_head=False,  # these are the base model's, whatever its defaults say
+            **self._control(),
             **({"eos_token_id": eos or None} | self.generation),
         )
         generated: list[list[int]] = sequences[:, input_ids.shape[1] :].tolist()
         return generated, hidden_states, stopping.lengths
+
+    def _control(self) -> dict[str, Any]:
+        if self.controller is None:
+            return {"recontrol_value_head": False}  # these are the base model's, whatever its defaults say
+        heads = dict(zip(self.controller.heads, self.controller.weights, strict=True))
+        return {"recontrol_value_head": heads, "recontrol_config": self.controller.config}
 
     def _token_ids(self, prompt: Text) -> list[int]:
         if isinstance(prompt, str):

@@ -1,6 +1,7 @@
 """RolloutStore writes a folder of rollouts block by block, RolloutDataset reads it. rollout_files.py has the format."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -257,6 +258,12 @@ class RolloutDataset(Dataset[dict[str, Any]]):
         for answer, row in enumerate(row for block in self._blocks for row in read_table(self.output_dir, block)):
             if answer in chosen:
                 yield row
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The table's row of dataset[index]."""
+        facts = self._rows[self._usable[index]]
+        rows = read_table(self.output_dir, self._blocks[facts.shard])
+        return next(itertools.islice(rows, facts.row, None))
 
     def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[Self, Self]:
         """(train, eval), by prompt: all answers to a prompt, and to others of the same text, are on one side.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .config_checks import shown
+from .control import Controller
 from .head_hub import package_version
 from .hooks import model_name
 from .rewards import RESERVED, RewardFunc, Rewards, Text
@@ -43,6 +44,7 @@ def collect_rollouts(
     drop_truncated: bool = False,
     seed: int = 0,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    controller: Controller | None = None,
     generation_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> RolloutDataset:
@@ -76,6 +78,8 @@ def collect_rollouts(
         drop_truncated: keep no states of answers cut at max_new_tokens; they are in the table all the same.
         seed: block b samples with a seed made from this and b.
         columns: further columns for the reward functions, each with a value for each prompt.
+        controller: the control that the answers are written under, to improve it on its own answers; None is the model
+            itself. The states are those before the edit.
         generation_kwargs: more for generate(), plain JSON values.
         progress: show a bar.
 
@@ -103,7 +107,7 @@ def collect_rollouts(
         reward_funcs = Rewards(reward_funcs, reward_weights, device=model.device)
     reward_funcs.check(conversational=_is_conversational(texts, tokenizer))
     collector = Collector(
-        model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation
+        model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation, controller
     )
     fingerprint = {
         **_model_facts(model),
@@ -118,6 +122,8 @@ def collect_rollouts(
         "rewards": dict(zip(reward_funcs.names, reward_funcs.weights, strict=True)),
         "hf_recontrol_version": package_version(),
     }
+    if controller is not None:
+        fingerprint["control"] = controller.facts()
     with RolloutStore(output_dir, fingerprint) as store, evaluating(model):
         _collect_missing(collector, store, block_size, seed, progress)
     return RolloutDataset(output_dir, verify=False)  # the store has checked each block, or has just written it
@@ -192,8 +198,8 @@ def _more(generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     refused = sorted(name for name in more if name in _OWN_GENERATE or name.startswith(("recontrol_", "output_")))
     if refused:
         raise ValueError(
-            f"generation_kwargs has {refused}, which collect_rollouts sets itself: rollouts are the plain model's. "
-            "Use its own arguments (temperature, max_new_tokens, stop_strings, …)."
+            f"generation_kwargs has {refused}, which collect_rollouts sets itself. Use its own arguments "
+            "(temperature, max_new_tokens, stop_strings, controller, …)."
         )
     try:
         return dict(json.loads(json.dumps(more, allow_nan=False)))

@@ -1,9 +1,7 @@
-"""Fits V to rollouts: a transformers Trainer whose batches are packed answers and whose checkpoints are heads."""
+"""Fits a head to rollouts: a transformers Trainer whose batches are packed answers and whose checkpoints are heads."""
 
-import json
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,62 +12,94 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallba
 from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .calibration import calibrate, sample_states
+from .control import Controller
+from .control_fitting import ControlObjective, check_lm_head
+from .control_head import ControlHead
 from .errors import HeadMismatch, HeadUnavailable
-from .fitting import check_answers, fit_linear_head, pack_answers, set_scales, value_metrics
+from .fitting import ValueObjective, check_answers, fit_linear_head, pack_answers, set_scales
+from .head import Head
+from .head_config import ControlDefaults
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
 from .head_hub import push_files
 from .keywords import check_base_model
-from .objectives import lambda_returns
-from .training_args import RecontrolTrainingArguments
+from .training_args import RecontrolTrainingArguments, newest_complete_checkpoint
 from .value_head import ValueHead
 
 
-def newest_complete_checkpoint(output_dir: str | Path) -> str:
-    """The checkpoint folder with the most steps whose trainer_state.json, the last file to be written, can be read.
-
-    A run that was killed while it saved leaves a folder without one, and Trainer would try to resume from that.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    raise ValueError(
-        f"{str(output_dir)!r} holds no complete checkpoint to resume from, of {len(folders)} begun. "
-        "Start without resume_from_checkpoint."
-    )
+def _checked_args(
+    model: object, args: object, base_model: object, critic: object, behavior: object
+) -> RecontrolTrainingArguments:
+    """The training arguments; refuses what cannot be meant."""
+    if not isinstance(model, ValueHead | ControlHead):
+        raise TypeError(
+            f"model is a {type(model).__name__}, but RecontrolTrainer trains a head. Make one: "
+            "ValueHead(ValueHeadConfig(hidden_size=train_dataset.hidden_size)), or a ControlHead."
+        )
+    control = isinstance(model, ControlHead)
+    for name, given, kind, needed in (
+        ("base_model", base_model, PreTrainedModel, "the transformers model that wrote the rollouts"),
+        ("critic", critic, ValueHead, "a ValueHead"),
+        ("behavior", behavior, Controller, "the Controller that the rollouts were collected under"),
+    ):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name} is a {type(given).__name__}; pass {needed}, or leave it out.")
+        if given is not None and not control and name != "base_model":
+            raise ValueError(f"{name} is for a ControlHead, but the model is a ValueHead. Leave it out.")
+    if control and base_model is None:
+        raise ValueError(
+            "A ControlHead is trained through the language model's LM head. Pass base_model=, the model that wrote the "
+            "rollouts."
+        )
+    if args is None:
+        return RecontrolTrainingArguments(recipe="control" if control else None)
+    if not isinstance(args, RecontrolTrainingArguments):
+        raise TypeError(
+            f"args is a {type(args).__name__}; expected RecontrolTrainingArguments, which has all that "
+            "TrainingArguments has, and the objective's own."
+        )
+    if args.recipe is not None and (args.recipe == "control") != control:
+        raise ValueError(
+            f"recipe is {args.recipe!r}, but the model is a {type(model).__name__}. Take recipe="
+            f"{'control' if control else 'paper'!r}, or leave it out."
+        )
+    return args
 
 
 class RecontrolTrainer(Trainer):
-    """Fits V: minimise mean over tokens (V(s_t) − v_t)², v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}, v_T = the reward.
+    """Fits a head to rollouts: a value head V to what the answers will earn, a control head u = f(h) to earn more.
 
-    Policy evaluation of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4). s_t is the state that predicts
-    token y_t; the targets carry no gradient; the reward stands at the last token. Departures: λ = 1 by default
-    (`recipe="paper"` has the paper's λ = 0), the mean over tokens where the paper has the sum, and rewards and inputs
-    standardised by the training set's mean and std, which are stored in the head.
+    V: minimise mean over tokens (V(s_t) − v_t)², v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}, v_T = the reward. Policy
+    evaluation of RE-Control (Kong et al. 2024, arXiv:2406.05954, section 4). s_t is the state that predicts token y_t;
+    the targets carry no gradient; the reward stands at the last token. Departures: λ = 1 by default (`recipe="paper"`
+    has the paper's λ = 0), the mean over tokens where the paper has the sum, and rewards and inputs standardised by the
+    training set's mean and std, which are stored in the head.
+
+    u: maximise mean over tokens min(ρ_t A_t, clip(ρ_t, 1/c, c) A_t) − β KL(p_u ‖ p_base), ρ_t = p_u(y_t)/p_old(y_t) and
+    A_t = v_t − V(s_t), V the critic. Beyond the paper. Only the language model's LM head is run, on stored states.
+    A fresh control head starts from the best constant, see fit_constant_control.
 
     A transformers Trainer: callbacks, report_to, resume_from_checkpoint, load_best_model_at_end and the rest are
-    Trainer's own. Its checkpoints are folders that ValueHead.from_pretrained loads. A head that was trained before
-    keeps the scales that its weights were fitted to.
+    Trainer's own. Its checkpoints are folders that from_pretrained loads. A head that was trained before keeps the
+    scales that its weights were fitted to.
 
     Args:
-        model: V. Written in place: weights, input_mean, input_std, config.reward, config.info, base model.
-        args: RecontrolTrainingArguments.
+        model: a ValueHead or ControlHead. Written in place: weights, scales, config.reward, config.info, base model.
+        args: RecontrolTrainingArguments; where None its defaults, for a control head recipe="control".
         train_dataset: a RolloutDataset, or a Subset or ConcatDataset of them. Read once here for the scales.
-        eval_dataset: the same, of other prompts (RolloutDataset.split), or a dict of them; see value_metrics.
-        base_model: the language model of the rollouts, to calibrate the head for `recontrol_strength` when training
-            ends, on states of eval_dataset; see `calibrate`. Where None the head is not calibrated.
+        eval_dataset: the same, of other prompts (RolloutDataset.split), or a dict of them; see value_metrics and
+            ControlObjective.metrics.
+        base_model: the language model of the rollouts, which a control head needs. It also calibrates the head for
+            `recontrol_strength` when training ends, on states of eval_dataset; see `calibrate`. Where None a value head
+            is not calibrated.
+        critic: for a control head: V of the advantages; where None the linear head of train_dataset.
+        behavior: for a control head: the control that the rollouts were collected under; None is none.
         callbacks: as Trainer's.
         optimizers: as Trainer's.
 
     Raises:
-        HeadMismatch: the rollouts' hidden states are not as wide as the head reads.
-        ValueError: there are no answers, or some have a reward that is not a finite number.
+        HeadMismatch: the rollouts' hidden states are not as wide as the head reads, or not of base_model.
+        TypeError, ValueError: there are no answers, some have a reward that is not a finite number, or an argument is
+            missing or is for the other kind of head.
         FloatingPointError: (from train) a loss that is not finite; nothing is saved after it.
     """
 
@@ -79,42 +109,33 @@ class RecontrolTrainer(Trainer):
         "title": "Aligning Large Language Models with Representation Editing: A Control Perspective",
         "id": "2406.05954",
     }
-    model: ValueHead
+    model: Head
     args: RecontrolTrainingArguments
     train_dataset: Any
     eval_dataset: Any
+    objective: ValueObjective | ControlObjective
 
     def __init__(
         self,
-        model: ValueHead,
+        model: Head,
         args: RecontrolTrainingArguments | None = None,
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         base_model: PreTrainedModel | None = None,
+        critic: ValueHead | None = None,
+        behavior: Controller | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ):
-        if not isinstance(model, ValueHead):
-            raise TypeError(
-                f"model is a {type(model).__name__}, but RecontrolTrainer trains a value head. Make one: "
-                "ValueHead(ValueHeadConfig(hidden_size=train_dataset.hidden_size))."
-            )
-        if base_model is not None and not isinstance(base_model, PreTrainedModel):
-            raise TypeError(
-                f"base_model is a {type(base_model).__name__}; pass the transformers model that wrote the rollouts, "
-                "or leave it out and calibrate the head later."
-            )
-        args = RecontrolTrainingArguments() if args is None else args
-        if not isinstance(args, RecontrolTrainingArguments):
-            raise TypeError(
-                f"args is a {type(args).__name__}; expected RecontrolTrainingArguments, which has all that "
-                "TrainingArguments has, and td_lambda, standardize_inputs and recipe."
-            )
+        args = _checked_args(model, args, base_model, critic, behavior)
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in [("train_dataset", train_dataset), *eval_datasets.items()]:
-            if dataset is not None:
-                check_answers(dataset, name, model.config.hidden_size)
+        datasets = {"train_dataset": train_dataset, **eval_datasets}
+        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+        for name, dataset in datasets.items():
+            check_answers(dataset, name, model.config.hidden_size)
+            if isinstance(model, ControlHead) and base_model is not None:
+                check_lm_head(base_model, dataset, behavior)
         if train_dataset is not None:
             set_scales(model, train_dataset, standardize_inputs=args.standardize_inputs)
         super().__init__(
@@ -131,16 +152,25 @@ class RecontrolTrainer(Trainer):
         if base_model is not None:
             check_base_model(model, base_model)
         self.base_model = base_model
+        self.objective = self._objective(critic, behavior)
         self._evaluation: tuple[int, dict[str, Any]] | None = None
 
-    @cached_property
-    def linear_head(self) -> ValueHead | None:
-        """The ridge head of the training answers that V is compared with; fitted when it is first asked for."""
-        if self.train_dataset is None:
-            return None
-        device = self.args.device if self.args.device.type == "cuda" else "cpu"  # some other kinds have no float64
-        head = fit_linear_head(self.train_dataset, reward=self.model.config.reward, device=device)
-        return head.to(self.args.device)
+    def _objective(self, critic: ValueHead | None, behavior: Controller | None) -> ValueObjective | ControlObjective:
+        args, head = self.args, self.model
+        if isinstance(head, ValueHead):
+            return ValueObjective(head, self.train_dataset, td_lambda=args.td_lambda, device=args.device)
+        if critic is None:
+            critic = fit_linear_head(self.train_dataset, reward=head.config.reward)
+        assert self.base_model is not None  # for the type checker: it was asked for
+        return ControlObjective(
+            self.base_model,
+            critic,
+            behavior,
+            td_lambda=args.td_lambda,
+            beta=args.beta,
+            clip_ratio=args.clip_ratio,
+            device=args.device,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -157,16 +187,13 @@ class RecontrolTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean over tokens of (V(s_t) − v_t)²; over num_items_in_batch tokens where gradients are accumulated."""
-        values = model(inputs["hidden_states"])
-        rewards = self._standardized(inputs["rewards"])
-        targets = lambda_returns(values.detach(), rewards, inputs["offsets"], self.args.td_lambda)
-        errors = (values - targets).square()
+        """The mean over tokens of the objective; over num_items_in_batch tokens where gradients are accumulated."""
+        losses = self.objective.losses(model, inputs)
         if num_items_in_batch is None:
-            loss = errors.mean()
+            loss = losses.mean()
         else:  # processes average their gradients, so each counts for all
-            loss = errors.sum() / num_items_in_batch * self.accelerator.num_processes
-        return (loss, values) if return_outputs else loss
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, losses) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -187,29 +214,21 @@ class RecontrolTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """V beside the linear head's values, float32 (answers, longest, 2); rewards and lengths, (answers,).
+        """What the objective observes of each token, (answers, longest, k); rewards and lengths, (answers,).
 
-        No loss: Trainer would average the batches' means, which is not the mean over tokens; value_metrics has that.
+        No loss: Trainer would average the batches' means, which is not the mean over tokens; the metrics have that.
         """
         inputs = self._prepare_inputs(inputs)
-        heads = [model] if self.linear_head is None else [model, self.linear_head]
-        with torch.no_grad():
-            values = torch.stack([head(inputs["hidden_states"]).float() for head in heads], dim=-1)
+        observed = self.objective.observe(model, inputs)
         lengths = inputs["offsets"].diff()
-        padded = pad_sequence(values.split(lengths.tolist()), batch_first=True)
-        return None, padded, (self._standardized(inputs["rewards"]), lengths)
+        return None, pad_sequence(observed.split(lengths.tolist()), batch_first=True), (inputs["rewards"], lengths)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         padded = torch.as_tensor(prediction.predictions)
         rewards, lengths = (torch.as_tensor(labels) for labels in prediction.label_ids)
-        values = padded[torch.arange(padded.shape[1]) < lengths[:, None]]
+        observed = padded[torch.arange(padded.shape[1]) < lengths[:, None]]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        linear = values[:, 1] if values.shape[1] > 1 else None
-        return value_metrics(values[:, 0], rewards, offsets, self.args.td_lambda, linear)
-
-    def _standardized(self, rewards: Tensor) -> Tensor:
-        scale = self.model.config.reward
-        return (rewards - scale.mean) / scale.std
+        return self.objective.metrics(observed, rewards, offsets)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -223,8 +242,10 @@ class RecontrolTrainer(Trainer):
             kept = {name: value for name, value in metrics.items() if not name.endswith(timings)}
             figures: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in kept.items()}
             if not isinstance(self.eval_dataset, dict):
-                quarters = [figures.pop(f"rank_correlation_q{quarter}") for quarter in (1, 2, 3, 4)]
-                figures |= {"rank_correlation": quarters, "answers": len(self.eval_dataset)}  # as the card reads them
+                quarters = [name for name in figures if name.startswith("rank_correlation_q")]
+                if quarters:  # as the card reads them
+                    figures["rank_correlation"] = [figures.pop(name) for name in quarters]
+                figures["answers"] = len(self.eval_dataset)
             self._evaluation = (self.state.global_step, figures)
         return metrics
 
@@ -241,10 +262,14 @@ class RecontrolTrainer(Trainer):
         training is taken out.
         """
         control = self.model.config.control
-        control.calibration, control.calibration_num_steps, control.strength = [], None, None
+        control.calibration, control.strength = [], None
+        if isinstance(control, ControlDefaults):
+            control.calibration_num_steps = None
         self.model.config.info.pop("calibration", None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
+        if isinstance(self.objective, ControlObjective) and not resume_from_checkpoint:
+            self.objective.start(self.model, self.train_dataset)  # type: ignore[arg-type]
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             stale = self._evaluation is None or self._evaluation[0] != self.state.global_step
@@ -283,12 +308,14 @@ class RecontrolTrainer(Trainer):
             "learning_rate": args.learning_rate,
             "seed": args.seed,
         }
+        if isinstance(self.model, ControlHead):
+            info["training"] |= {"beta": args.beta, "clip_ratio": args.clip_ratio}
         info.pop("evaluation", None)
         if self._evaluation is not None and self._evaluation[0] == self.state.global_step:
             info["evaluation"] = dict(self._evaluation[1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A folder that ValueHead.from_pretrained loads, read back through it. No training_args.bin: it is a pickle."""
+        """A folder that from_pretrained loads, read back through it. No training_args.bin: it is a pickle."""
         if not self.args.should_save:
             return
         if self.is_in_train:
@@ -296,7 +323,7 @@ class RecontrolTrainer(Trainer):
         self.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = ValueHead.from_pretrained(resume_from_checkpoint)
+        saved: Head = type(self.model).from_pretrained(resume_from_checkpoint)
         if saved.config.tensor_shapes() != self.model.config.tensor_shapes():
             raise HeadMismatch(
                 f"The head in {resume_from_checkpoint!r} has the tensors {saved.config.tensor_shapes()}, but the one "
@@ -327,7 +354,7 @@ class RecontrolTrainer(Trainer):
         private: bool | None = None,
         replace_model_card: bool = False,
     ) -> str | None:
-        """Send the head's three files to the Hub in one commit, nothing else of output_dir. See ValueHead.push_to_hub.
+        """Send the head's three files to the Hub in one commit, nothing else of output_dir. See Head.push_to_hub.
 
         Args:
             blocking: accepted as Trainer has it; a head is small, and this always waits.

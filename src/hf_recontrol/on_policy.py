@@ -1,0 +1,107 @@
+"""A control head from prompts and a reward: collect answers, fit critic and control; then again, under the control."""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .control import Controller
+from .control_config import ControlConfig
+from .control_head import ControlHead
+from .fitting import fit_linear_head
+from .head_config import ControlHeadConfig
+from .rewards import RewardFunc, Rewards
+from .rollouts import collect_rollouts
+from .trainer import RecontrolTrainer
+from .training_args import RecontrolTrainingArguments
+
+
+def train_control(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Any,
+    reward_funcs: RewardFunc | list[RewardFunc] | Rewards,
+    output_dir: str | os.PathLike[str],
+    *,
+    iterations: int = 1,
+    head: ControlHead | None = None,
+    args: RecontrolTrainingArguments | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    **collecting: Any,
+) -> ControlHead:
+    """Fit a control head to a reward, and improve it on its own answers.
+
+    The first iteration is on answers of the base model. Each further one collects answers under the control so far (at
+    scale 1, held to no max_kl), fits the critic to these, and goes on from the control's weights, with importance
+    ratios against the control that wrote the answers. The KL in the objective stays the one from the base model.
+
+    Interrupted, call it again with the same arguments: answers that were collected are kept, the rest is done again.
+
+    Args:
+        model, tokenizer, prompts, reward_funcs: as collect_rollouts takes them.
+        output_dir: made. rollouts-1, rollouts-2, … are the answers of each iteration, iterations.jsonl the curves.
+        iterations: ≥ 1. Each costs as much as the first.
+        head: what to fit, written in place; where None an MLP of the default shape.
+        args: of the training; where None the defaults under recipe="control".
+        held_out: the share of the prompts that the curves are measured on, and the calibration made.
+        seed: of the answers and the new head. Iteration i collects with seed + i.
+        collecting: more for collect_rollouts: num_return_sequences, max_new_tokens, temperature, …
+
+    Returns:
+        The head, in eval mode, calibrated. head.config.info["iterations"] and iterations.jsonl have for each iteration
+        what was measured on its held-out answers: "reward", the mean raw reward of the answers it was fitted to (the
+        first are the base model's, each further one's show what the control before it earned); "gain", "kl_per_answer"
+        and the rest as ControlObjective.metrics has them, after the fit.
+
+    Raises:
+        ValueError: iterations < 1, or what collect_rollouts and RecontrolTrainer refuse.
+        CollectError: as collect_rollouts.
+    """
+    if type(iterations) is not int or iterations < 1:
+        raise ValueError(f"iterations is {iterations!r}; it must be an integer ≥ 1.")
+    folder = Path(output_dir)
+    if args is None:
+        args = RecontrolTrainingArguments(str(folder / "training"), recipe="control", save_strategy="no", seed=seed)
+    curves: list[dict[str, float]] = []
+    for i in range(1, iterations + 1):
+        behavior = None
+        if i > 1:  # of a copy: the head is trained on while its answers are weighed by what it was
+            behavior = Controller(copy.deepcopy(head).eval(), ControlConfig(scale=1.0, max_kl=math.inf))  # type: ignore[union-attr]
+        rollouts = collect_rollouts(
+            model,
+            tokenizer,
+            prompts,
+            reward_funcs,
+            folder / f"rollouts-{i}",
+            seed=seed + i,
+            controller=behavior,
+            **collecting,
+        )
+        train, test = rollouts.split(held_out, seed=seed)
+        if head is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                head = ControlHead(ControlHeadConfig(hidden_size=rollouts.hidden_size))
+        critic = fit_linear_head(train, reward=head.config.reward if i > 1 else None)
+        trainer = RecontrolTrainer(
+            head,
+            args,
+            train_dataset=train,
+            eval_dataset=test,
+            base_model=model,
+            critic=critic,
+            behavior=behavior,
+        )
+        trainer.train()
+        curves.append({"reward": float(test.rewards.mean()), **head.config.info["evaluation"]})
+        (folder / "iterations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curves), encoding="utf-8")
+    assert head is not None  # for the type checker: iterations ≥ 1
+    head.config.info["training"]["iterations"] = iterations
+    head.config.info["iterations"] = curves
+    return head.eval()
