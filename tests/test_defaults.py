@@ -145,7 +145,7 @@ def test_defaults_go_with_a_saved_model_and_their_heads_must_be_registered_again
     loaded = enable_recontrol(LlamaForCausalLM.from_pretrained(tmp_path))
     assert defaults_of(loaded) == defaults_of(model)
     (name,) = loaded.generation_config.recontrol_value_head
-    with pytest.raises(ValueError, match=f"The model's generation config names the value head '{name}', .*registered"):
+    with pytest.raises(ValueError, match=f"The model's generation config names the head '{name}', .*registered"):
         loaded.generate(**prompts(), streamer=NoToken())
     register_value_heads({name: head})
     assert tokens(loaded) == expected

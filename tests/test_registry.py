@@ -86,7 +86,7 @@ def test_a_head_that_is_not_registered_is_an_error_that_loads_nothing(model, hea
             given = {"generation_config": named(wanted)} if where == "given" else {}
             if where == "model's":
                 model.generation_config = named(wanted)
-            with pytest.raises(ValueError, match=f"^The {where} generation config names the value head '") as caught:
+            with pytest.raises(ValueError, match=f"^The {where} generation config names the head '") as caught:
                 model.generate(**prompts(), streamer=NoToken(), **given)
             for words in ("not registered in this process (registered: 'polite')", "register_value_heads({"):
                 assert words in str(caught.value)

@@ -6,9 +6,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_recontrol import ValueHead, ValueHeadConfig
+from hf_recontrol import ControlHead, ControlHeadConfig, ValueHead, ValueHeadConfig
 
 VOCABULARY = 64
+CONTROL_SHAPES: dict[str, dict[str, Any]] = {
+    "constant": {"num_hidden_layers": 0, "rank": 0},
+    "linear": {"num_hidden_layers": 0},
+    "low rank": {"num_hidden_layers": 0, "rank": 3},
+    "one hidden layer": {"num_hidden_layers": 1},
+    "two hidden layers": {"num_hidden_layers": 2, "hidden_act": "gelu"},
+}
 
 
 def tiny_model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
@@ -48,6 +55,19 @@ def tiny_head(seed: int = 0, **config: Any) -> ValueHead:
     with torch.no_grad():
         head.input_mean.normal_()
         head.input_std.uniform_(0.5, 2.0)
+    return head.eval()
+
+
+def tiny_control_head(seed: int = 0, **config: Any) -> ControlHead:
+    """A random head for tiny_model, 16 wide, which steers, in units that are not 1."""
+    torch.manual_seed(seed)
+    head = ControlHead(ControlHeadConfig(**({"hidden_size": 16, "intermediate_size": 24} | config)))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3)  # at first they would be 0, where it matters
+        head.input_mean.normal_()
+        head.input_std.uniform_(0.5, 2.0)
+        head.output_scale.uniform_(0.5, 2.0)
     return head.eval()
 
 

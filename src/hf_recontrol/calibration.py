@@ -50,10 +50,11 @@ def calibrate(head: Head, model: PreTrainedModel, hidden_states: Tensor) -> None
     head.check_width(hidden_states.shape[-1], "the states")
     check_base_model(head, model, stacklevel=3)
     states, control = hidden_states[hidden_states.isfinite().all(-1)], head.config.control
-    if not len(states) or (isinstance(control, ControlDefaults) and control.num_steps == 0):
+    steps = control.num_steps if isinstance(control, ControlDefaults) else None
+    if not len(states) or steps == 0:
         raise ValueError(
-            f"There are {len(states)} finite states and {getattr(control, 'num_steps', 'no')} steps; a head is "
-            "calibrated at one step or more, on states of the model's own answers."
+            f"There are {len(states)} finite states" + ("" if steps is None else f" and {steps} steps") + "; a "
+            "head is calibrated on states of the model's own answers, a value head at one step or more."
         )
     with evaluating(model):
         table: list[tuple[float, float]] = []

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, Self
 
 from .config_checks import shown
-from .head_config import MAX_STEPS, ControlDefaults, ScaleDefaults, SteeringDefaults
+from .head_config import MAX_STEPS, ControlDefaults, SteeringDefaults
 
 BELT = 4.0  # × the strength: max_kl where a strength is given and no max_kl
 RIVALS = {"step_size": ("strength",), "scale": ("strength",), "strength": ("step_size", "scale")}
@@ -100,7 +100,9 @@ class ControlConfig:
                 own[name] = _shared(name, heads, f"recontrol_{name}")
         if self.step_size is None and self.scale is None and self.strength is None:
             theirs = [f"recontrol_{name}" for name in RIVALS["strength"] if any(hasattr(head, name) for head in heads)]
-            own["strength"] = _shared("strength", heads, " or ".join(["recontrol_strength", *theirs]))
+            own["strength"] = _shared(
+                "strength", heads, ", ".join(["recontrol_strength", *theirs[:-1]]) + f" or {theirs[-1]}"
+            )
         if self.strength is None and own.get("strength") is None:
             for name in RIVALS["strength"]:
                 if getattr(self, name) is None:
@@ -111,16 +113,21 @@ class ControlConfig:
         return whole
 
     def _check_meant_for(self, heads: Sequence[SteeringDefaults]) -> None:
-        for names, its_class, what, other in (
-            (OF_AN_ASCENT, ControlDefaults, "is of a value head's ascent", "a control head, which makes none"),
-            (("scale",), ScaleDefaults, "multiplies a control head's u", "a value head; its α is step_size"),
-        ):
-            given = [name for name in names if getattr(self, name) is not None]
-            if given and not any(isinstance(head, its_class) for head in heads):
+        for name in [field.name for field in fields(self)]:
+            if getattr(self, name) is not None and not is_known(name, heads):
+                kinds = ("multiplies a control head's u", "a value head; its α is step_size")
+                if name in OF_AN_ASCENT:
+                    kinds = ("is of a value head's ascent", "a control head, which makes none")
+                both = ", or give a strength, which is for both" if name in RIVALS else ""
                 raise ValueError(
-                    f"{given[0]} is {getattr(self, given[0])!r}, which {what}, but the head given is {other}. Leave it "
-                    "out, or give a strength, which is for both."
+                    f"{name} is {getattr(self, name)!r}, which {kinds[0]}, but the head given is {kinds[1]}. Leave it "
+                    f"out{both}."
                 )
+
+
+def is_known(name: str, heads: Sequence[SteeringDefaults]) -> bool:
+    """Whether an option means something to one of the heads."""
+    return any(hasattr(head, name) or name not in (*OF_AN_ASCENT, "scale") for head in heads)
 
 
 def as_float(value: object) -> float:
@@ -135,12 +142,15 @@ def as_float(value: object) -> float:
 
 def _shared(name: str, heads: Sequence[SteeringDefaults], keyword: str) -> Any:
     """What the heads that know `name` say of it; None where none does."""
-    values = {getattr(head, name) for head in heads if hasattr(head, name)} or {None}
+    values: list[Any] = []
+    for head in heads:
+        if hasattr(head, name) and getattr(head, name) not in values:
+            values.append(getattr(head, name))
     if len(values) > 1:
         raise ValueError(
             f"The heads differ in their {name}: {', '.join(sorted(map(str, values)))}. Pass {keyword} to settle it."
         )
-    return values.pop()
+    return values[0] if values else None
 
 
 def step_size_for(strength: float, control: ControlDefaults, num_steps: int) -> float:

@@ -17,6 +17,7 @@ MAX_PARAMETERS = 2**28
 MAX_STEPS = 1024
 MAX_CALIBRATION = 32
 WIDEST_BY_DEFAULT = 1024
+EITHER = " here (ValueHead reads value heads, ControlHead control heads, Head.from_pretrained either)"
 
 
 @dataclass(kw_only=True)
@@ -223,7 +224,7 @@ class HeadConfig:
             kinds: dict[str, Any] = {one.kind: one for one in (ValueHeadConfig, ControlHeadConfig)}
             check("kind", kind, isinstance(kind, str) and kind in kinds, " or ".join(f'"{one}"' for one in kinds))
             return kinds[kind].from_dict(values)  # type: ignore[no-any-return]
-        check("kind", values.get("kind", cls.kind), values.get("kind", cls.kind) == cls.kind, f'"{cls.kind}" here')
+        check("kind", values.get("kind", cls.kind), values.get("kind", cls.kind) == cls.kind, f"{cls.kind!r}{EITHER}")
         values = dict(only_known(cls, values, "config.json", values.get("hf_recontrol_version")))
         for name, part in (("reward", RewardScale), ("control", cls.control_class)):
             if name in values:
@@ -264,12 +265,14 @@ class ControlHeadConfig(HeadConfig):
     """Of f without a hidden layer: None is a full matrix, r one of rank r, and 0 leaves u one constant vector."""
 
     def _default_width(self) -> int:
+        if type(self.hidden_size) is not int:  # validate() says what is wrong
+            return self.hidden_size
         return min(self.hidden_size, WIDEST_BY_DEFAULT)  # 0.3 % of a 1.2B model's weights, read once a token
 
     def _validate_shape(self) -> None:
         if self.rank is not None:
             check_integer("rank", self.rank, 0, self.hidden_size)
-            check("rank", self.rank, self.num_hidden_layers == 0, "None, or num_hidden_layers = 0")
+            check("rank", self.rank, self.num_hidden_layers == 0, "None where there are hidden layers")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """As HeadConfig's; and u's constant part and units, instead of a bias in the layer before them."""

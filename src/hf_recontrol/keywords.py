@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .config_checks import shown
 from .control import Controller
-from .control_config import ControlConfig, as_float
+from .control_config import ControlConfig, as_float, is_known
 from .errors import HeadMismatch
 from .head import Head
 from .hooks import lm_head, model_name
@@ -99,6 +99,9 @@ class RecontrolKeywords:
         own_config = model.generation_config if own_config is None else own_config
         for where, config in (("given", given_config), ("model's", own_config)):
             said = said_by(config, f"{where} generation config")
+            if heads:  # the call's, or another config's: what this one says may be of its own head's kind only
+                known = [head.config.control for head in heads]
+                said = {name: value for name, value in said.items() if name not in CONTROL or is_known(name, known)}
             if heads is None and said.get("value_head") is not None:
                 heads = _registered(said["value_head"], f"{where} generation config")
             try:

@@ -18,7 +18,8 @@ METRIC_NAMES = {
     "explained_variance_linear": "Explained variance of the reward, by a linear head",
     "rank_correlation": "Rank correlation with the reward",
     "calibration_slope": "Slope of the reward on the prediction (1: calibrated, below 1: exaggerated)",
-    "loss": "Loss",
+    "loss": "Mean squared error to the λ-return",
+    "objective": "Objective: β times the KL less the clipped gain, mean over tokens",
     "gain": "Gain of the reward, in its standard deviations, estimated from answers of the model as it was",
     "kl_per_token": "KL from the base model, nats per token",
     "kl_per_answer": "KL from the base model, nats per answer",
@@ -193,6 +194,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     n, seed = _number(evaluation.get("answers")), _number(evaluation.get("seed"))
     dataset = _dataset_id(facts.info.get("data"))
     results = []
+    names = METRIC_NAMES | ({"loss": METRIC_NAMES["objective"]} if facts.kind == "control" else {})
     for name, value in evaluation.items():
         if name in ("answers", "seed") or name.endswith("_interval"):
             continue
@@ -207,7 +209,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                     dataset_type=dataset or "rollouts",
                     dataset_name=one_line(facts.info.get("data") or "") or "held-out rollouts",
                     metric_type=one_line(name),
-                    metric_name=(METRIC_NAMES.get(name) or one_line(name)) + where,
+                    metric_name=(names.get(name) or one_line(name)) + where,
                     metric_value=part,
                     metric_args={key: fact for key, fact in conditions.items() if fact is not None} or None,
                 )

@@ -37,9 +37,10 @@ def train_control(
 ) -> ControlHead:
     """Fit a control head to a reward, and improve it on its own answers.
 
-    The first iteration is on answers of the base model. Each further one collects answers under the control so far (at
-    scale 1, held to no max_kl), fits the critic to these, and goes on from the control's weights, with importance
-    ratios against the control that wrote the answers. The KL in the objective stays the one from the base model.
+    A head that is new starts on answers of the base model. From then on, each iteration collects answers under the
+    control so far (at scale 1, held to no max_kl), fits the critic to these, and goes on from the control's weights,
+    with importance ratios against the control that wrote the answers. The KL in the objective stays the one from the
+    base model.
 
     Interrupted, call it again with the same arguments: answers that were collected are kept, the rest is done again.
 
@@ -47,7 +48,7 @@ def train_control(
         model, tokenizer, prompts, reward_funcs: as collect_rollouts takes them.
         output_dir: made. rollouts-1, rollouts-2, … are the answers of each iteration, iterations.jsonl the curves.
         iterations: ≥ 1. Each costs as much as the first.
-        head: what to fit, written in place; where None an MLP of the default shape.
+        head: what to fit, written in place: a new one, or one to improve; where None an MLP of the default shape.
         args: of the training; where None the defaults under recipe="control".
         held_out: the share of the prompts that the curves are measured on, and the calibration made.
         seed: of the answers and the new head. Iteration i collects with seed + i.
@@ -71,8 +72,9 @@ def train_control(
     curves: list[dict[str, float]] = []
     for i in range(1, iterations + 1):
         behavior = None
-        if i > 1:  # of a copy: the head is trained on while its answers are weighed by what it was
-            behavior = Controller(copy.deepcopy(head).eval(), ControlConfig(scale=1.0, max_kl=math.inf))  # type: ignore[union-attr]
+        if head is not None and not head.is_zero():
+            # of a copy: the head is trained on while its answers are weighed by what it was
+            behavior = Controller(copy.deepcopy(head).eval(), ControlConfig(scale=1.0, max_kl=math.inf))
         rollouts = collect_rollouts(
             model,
             tokenizer,
@@ -88,7 +90,7 @@ def train_control(
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
                 head = ControlHead(ControlHeadConfig(hidden_size=rollouts.hidden_size))
-        critic = fit_linear_head(train, reward=head.config.reward if i > 1 else None)
+        critic = fit_linear_head(train, reward=head.config.reward if behavior else None)
         trainer = RecontrolTrainer(
             head,
             args,

@@ -95,7 +95,8 @@ def show(trace: Trace, tokenizer: Any = None, *, by: str | None = None) -> Shown
         by: "values" or "steered_values", in units of the reward; "kl", nats; "control_norms", of the hidden state. Of
             a control head, which knows no values, "kl" where None; else "values".
     """
-    by = ("kl" if bool(trace.values.isnan().all()) else "values") if by is None else by
+    if by is None:
+        by = "kl" if trace.values.numel() and bool(trace.values.isnan().all()) else "values"
     if by not in SHOWN_BY:
         raise ValueError(f"by is {by!r}, but tokens are coloured by one of {', '.join(SHOWN_BY)}. Pass one of these.")
     numbers, colour = _scale(trace, by)

@@ -54,7 +54,7 @@ def registered_head(name: str, where: str) -> Head:
     if head is None:
         known = ", ".join(map(shown, list(_REGISTERED))) or "none"
         raise ValueError(
-            f"The {where} names the value head {shown(name)}, which is not registered in this process "
+            f"The {where} names the head {shown(name)}, which is not registered in this process "
             f"(registered: {known}). A config never decides what is loaded. If you trust that head, "
             f"register_value_heads({{{shown(name)}: …}}) or model.set_recontrol_defaults(value_head=…); for plain text "
             "pass recontrol_value_head=False."

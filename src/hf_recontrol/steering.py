@@ -131,7 +131,7 @@ def _warn_of_unsound(call: Call | None) -> None:
         warnings.warn(
             f"{int(call.unsound)} hidden states were not finite, or they or their logits would not have been after "
             "the edit, and were left unedited; those tokens are unguided. Is the model's dtype too narrow, or the step "
-            "size huge?",
+            "size or scale huge?",
             UserWarning,
             stacklevel=4,
         )
