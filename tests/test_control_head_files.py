@@ -109,7 +109,7 @@ def test_a_rank_is_of_a_head_without_a_hidden_layer(rank, layers):
 
 @pytest.mark.parametrize(
     "value",
-    [0, -1, 10**9, HUGE, True, 1.5, nan] + ["8", None, [8], {}],
+    [0, -1, 10**9, HUGE, True, 1.5, nan, "8", None, [8], {}],
 )
 def test_a_width_that_is_no_sensible_integer_is_refused(value):
     refused("hidden_size", hidden_size=value)

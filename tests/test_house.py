@@ -38,6 +38,7 @@ ORDER = [
     "rollout_blocks",
     "rollouts",
     "fitting",
+    "control_checks",
     "control_fitting",
     "calibration",
     "training_args",

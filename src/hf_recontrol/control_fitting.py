@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .control import Controller
+from .control_checks import check_control_inputs, check_lm_head, check_rewards_differ
 from .control_config import as_float
 from .control_head import ControlHead
-from .errors import HeadMismatch
-from .fitting import batches, check_answers, fit_linear_head, parts_of, set_scales
+from .fitting import batches, check_answers, fit_linear_head, set_scales
 from .forwards import logits_at_once, logits_of, steered_logits
 from .head_config import ControlHeadConfig
-from .kl_bound import kl_divergence, log_softmax
+from .kl_bound import kl_of_logs, log_softmax
 from .objectives import clipped_gain, lambda_returns
 from .rollout_blocks import evaluating
 from .value_head import ValueHead
-
-CHECKED_ANSWERS = 4
-SAME_MODEL = 0.05  # nats: bfloat16 and another batch shape give 0.001, another model 1 or more
 
 
 class Terms(NamedTuple):
@@ -54,9 +51,9 @@ def policy_terms(
     with torch.no_grad():
         base = log_softmax(logits_of(model, hidden_states))
         old = base if behavior is None else log_softmax(steered_logits(model, hidden_states, behavior))
-    logits = log_softmax(logits_of(model, hidden_states.to(u) + u))
-    log_ratios = (logits.gather(1, tokens) - old.gather(1, tokens)).squeeze(1)
-    return Terms(log_ratios.to(u.device), kl_divergence(logits, base).to(u.device))
+    steered = log_softmax(logits_of(model, hidden_states.to(u) + u))
+    log_ratios = (steered.gather(1, tokens) - old.gather(1, tokens)).squeeze(1)
+    return Terms(log_ratios.to(u.device), kl_of_logs(steered, base).to(u.device))
 
 
 def policy_losses(
@@ -109,49 +106,6 @@ def advantages_of(critic: ValueHead, batch: dict[str, Tensor], td_lambda: float)
     return advantages
 
 
-def check_lm_head(model: PreTrainedModel, dataset: Any, behavior: Controller | None = None) -> None:
-    """Refuse a model whose LM head, given the stored states, does not give the logits of the model itself.
-
-    Runs the model over a few stored answers, and compares.
-
-    Raises:
-        HeadMismatch: another model wrote the rollouts, or this one's logits are not a function of h_t alone.
-        ValueError: rollouts of a control that is not `behavior`, or without the prompts' token ids.
-    """
-    for part in parts_of(dataset):
-        under = getattr(part, "fingerprint", {}).get("control")
-        given = None if behavior is None else behavior.facts()
-        if hasattr(part, "fingerprint") and under != given:
-            raise ValueError(
-                f"The rollouts were collected under {'another' if under else 'no'} control"
-                f"{'' if behavior is None else ' than behavior'}. Pass as behavior= the Controller they were collected "
-                "under, or None for those of the base model."
-            )
-        for i in range(min(CHECKED_ANSWERS, len(part))):
-            answer = part[i]
-            prompt = part.row(i).get("prompt_token_ids") if hasattr(part, "row") else answer.get("prompt_token_ids")
-            if prompt is None:
-                raise ValueError(
-                    "The rollouts do not have their prompts' token ids, so nothing can show that their states are this "
-                    "model's. Collect them with collect_rollouts."
-                )
-            _check_answer(model, list(prompt), answer)
-
-
-def _check_answer(model: PreTrainedModel, prompt: list[int], answer: Any) -> None:
-    states, token_ids = answer["hidden_states"], torch.as_tensor(answer["token_ids"])
-    ids = torch.cat([torch.tensor(prompt), token_ids[:-1]])[None].to(model.device)
-    with torch.no_grad(), evaluating(model):
-        own = model(input_ids=ids).logits[0, len(prompt) - 1 :]
-        kl = float(kl_divergence(logits_of(model, states), own).mean())
-    if not kl < SAME_MODEL:
-        raise HeadMismatch(
-            f"The LM head of {type(model).__name__}, given the stored hidden states, gives other logits than the model "
-            f"itself over the same text: {kl:.3g} nats apart, at most {SAME_MODEL} are rounding. Were the rollouts "
-            "written by this very model? A model whose logits depend on more than the last hidden state cannot be used."
-        )
-
-
 def fit_constant_control(
     train_dataset: Any,
     base_model: PreTrainedModel,
@@ -182,10 +136,16 @@ def fit_constant_control(
         HeadMismatch: hidden states of several widths, or of another model.
         ValueError: no answers, or numbers out of bounds.
     """
-    for name, value, holds in (("beta", beta, as_float(beta) > 0), ("ridge", ridge, as_float(ridge) >= 0)):
+    for name, value, holds, wanted in (
+        ("beta", beta, 0 < as_float(beta) < math.inf, "a finite number > 0"),
+        ("ridge", ridge, 0 <= as_float(ridge) < math.inf, "a finite number ≥ 0"),
+        ("td_lambda", td_lambda, 0 <= as_float(td_lambda) <= 1, "from 0 to 1"),
+    ):
         if not holds:
-            raise ValueError(f"{name} is {value!r}; it must be a finite number {'>' if name == 'beta' else '≥'} 0.")
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
+    check_control_inputs(base_model, critic)
     check_answers(train_dataset, "train_dataset")
+    check_rewards_differ(train_dataset)
     check_lm_head(base_model, train_dataset)
     width = train_dataset[0]["hidden_states"].shape[-1]
     head = ControlHead(ControlHeadConfig(hidden_size=width, num_hidden_layers=0, rank=0))
@@ -256,7 +216,8 @@ class ControlObjective:
         clip_ratio: float,
         device: torch.device,
     ):
-        self.base_model, self.behavior = base_model, behavior
+        self.base_model = base_model
+        self.behavior = copy.deepcopy(behavior)  # it may hold the very head that is trained
         self.critic = copy.deepcopy(critic).to(device).eval()
         self.td_lambda, self.beta, self.clip_ratio = td_lambda, beta, clip_ratio
 

@@ -56,12 +56,12 @@ def parts_of(dataset: Any) -> list[Any]:
     return parts_of(dataset.dataset) if isinstance(dataset, Subset) else [dataset]
 
 
-def _rewards(dataset: Any) -> Tensor:
+def rewards_of(dataset: Any) -> Tensor:
     """Every answer's reward, float64 (answers,), without reading hidden states where the store keeps them apart."""
     if isinstance(dataset, ConcatDataset):
-        return torch.cat([_rewards(part) for part in dataset.datasets])
+        return torch.cat([rewards_of(part) for part in dataset.datasets])
     if isinstance(dataset, Subset):
-        return _rewards(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.long)]
+        return rewards_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.long)]
     rewards = getattr(dataset, "rewards", None)
     if rewards is None:
         rewards = [float(dataset[i]["reward"]) for i in range(len(dataset))]
@@ -78,7 +78,7 @@ def check_answers(dataset: Any, name: str, hidden_size: int | None = None) -> No
         HeadMismatch: hidden states of another width.
         ValueError: there are no answers, or some have a reward that is not a finite number.
     """
-    rewards = _rewards(dataset)
+    rewards = rewards_of(dataset)
     bad = int((~rewards.isfinite()).sum())
     if bad or not len(rewards):
         raise ValueError(
@@ -96,7 +96,7 @@ def check_answers(dataset: Any, name: str, hidden_size: int | None = None) -> No
 
 def reward_scale(answers: Any, name: str = "reward") -> RewardScale:
     """Mean and (population) std of the reward over answers. If all rewards are equal: std = 1, and a warning."""
-    rewards = _rewards(answers)
+    rewards = rewards_of(answers)
     if rewards.min() == rewards.max():
         warnings.warn(
             f"All {len(rewards)} rewards are {rewards[0].item():g}: nothing can be learned. Their std is taken as 1. "

@@ -75,9 +75,13 @@ def _kl_at(log_p: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
 
 def kl_divergence(logits: Tensor, base: Tensor) -> Tensor:
     """KL(softmax(logits) ‖ softmax(base)) in nats, (...), of (..., vocabulary); in float32 at least, never < 0."""
-    log_p, log_q = log_softmax(logits), log_softmax(base)
-    # a token that p forbids adds 0, also where the base forbids it; rounding must not give less than 0
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
+    return kl_of_logs(log_softmax(logits), log_softmax(base))
+
+
+def kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats, (...), of log-probabilities, (..., vocabulary); never < 0. Its gradient is finite."""
+    # a token that p forbids adds 0, also where q forbids it; rounding must not give less than 0
+    return (log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -11,14 +11,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .control import Controller
-from .control_config import ControlConfig
+from .control_config import ControlConfig, as_float
 from .control_head import ControlHead
 from .fitting import fit_linear_head
-from .head_config import ControlHeadConfig
+from .head_config import ControlHeadConfig, RewardScale
+from .keywords import check_base_model
 from .rewards import RewardFunc, Rewards
 from .rollouts import collect_rollouts
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments
+
+PLAIN = ControlConfig(scale=1.0, max_kl=math.inf, max_relative_norm=math.inf)  # u as it is in the objective
 
 
 def train_control(
@@ -48,11 +51,12 @@ def train_control(
         model, tokenizer, prompts, reward_funcs: as collect_rollouts takes them.
         output_dir: made. rollouts-1, rollouts-2, … are the answers of each iteration, iterations.jsonl the curves.
         iterations: ≥ 1. Each costs as much as the first.
-        head: what to fit, written in place: a new one, or one to improve; where None an MLP of the default shape.
+        head: what to fit, a new one or one to improve; written in place when all is done. Where None, an MLP of the
+            default shape.
         args: of the training; where None the defaults under recipe="control".
         held_out: the share of the prompts that the curves are measured on, and the calibration made.
         seed: of the answers and the new head. Iteration i collects with seed + i.
-        collecting: more for collect_rollouts: num_return_sequences, max_new_tokens, temperature, …
+        collecting: more for collect_rollouts: num_return_sequences, max_new_tokens, block_size, …
 
     Returns:
         The head, in eval mode, calibrated. head.config.info["iterations"] and iterations.jsonl have for each iteration
@@ -61,20 +65,20 @@ def train_control(
         and the rest as ControlObjective.metrics has them, after the fit.
 
     Raises:
-        ValueError: iterations < 1, or what collect_rollouts and RecontrolTrainer refuse.
+        TypeError, ValueError: an argument that cannot be meant, or what collect_rollouts and RecontrolTrainer refuse.
         CollectError: as collect_rollouts.
     """
-    if type(iterations) is not int or iterations < 1:
-        raise ValueError(f"iterations is {iterations!r}; it must be an integer ≥ 1.")
     folder = Path(output_dir)
     if args is None:
         args = RecontrolTrainingArguments(str(folder / "training"), recipe="control", save_strategy="no", seed=seed)
+    _check(model, iterations, head, args, held_out, collecting)
+    given, head = head, copy.deepcopy(head)  # interrupted, the caller's is as it was, and the call can be repeated
     curves: list[dict[str, float]] = []
     for i in range(1, iterations + 1):
         behavior = None
         if head is not None and not head.is_zero():
             # of a copy: the head is trained on while its answers are weighed by what it was
-            behavior = Controller(copy.deepcopy(head).eval(), ControlConfig(scale=1.0, max_kl=math.inf))
+            behavior = Controller(copy.deepcopy(head).eval(), PLAIN)
         rollouts = collect_rollouts(
             model,
             tokenizer,
@@ -90,7 +94,8 @@ def train_control(
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
                 head = ControlHead(ControlHeadConfig(hidden_size=rollouts.hidden_size))
-        critic = fit_linear_head(train, reward=head.config.reward if behavior else None)
+        scale = head.config.reward
+        critic = fit_linear_head(train, reward=None if scale == RewardScale(scale.name) else scale)
         trainer = RecontrolTrainer(
             head,
             args,
@@ -106,4 +111,29 @@ def train_control(
     assert head is not None  # for the type checker: iterations ≥ 1
     head.config.info["training"]["iterations"] = iterations
     head.config.info["iterations"] = curves
-    return head.eval()
+    if given is None:
+        return head.eval()
+    given.load_state_dict(head.state_dict())
+    given.config = head.config
+    return given.eval()
+
+
+def _check(
+    model: PreTrainedModel, iterations: int, head: object, args: object, held_out: float, collecting: dict[str, Any]
+) -> None:
+    """What would only be noticed after the first answers were collected."""
+    if type(iterations) is not int or iterations < 1:
+        raise ValueError(f"iterations is {iterations!r}; it must be an integer ≥ 1.")
+    if head is not None and not isinstance(head, ControlHead):
+        raise TypeError(f"head is a {type(head).__name__}; pass a ControlHead, or None for a new one.")
+    if isinstance(head, ControlHead):
+        check_base_model(head, model, stacklevel=4)
+    if not isinstance(args, RecontrolTrainingArguments) or args.recipe == "paper":
+        raise ValueError('args must be RecontrolTrainingArguments with recipe="control", or None.')
+    if not 0 < as_float(held_out) < 1:
+        raise ValueError(f"held_out is {held_out!r}; it must be a share of the prompts, between 0 and 1.")
+    if taken := sorted(collecting.keys() & {"controller", "temperature", "top_p", "top_k"}):
+        raise ValueError(
+            f"train_control sets {taken} itself: answers are sampled from the model's own distribution, under the "
+            "control so far. Leave them out."
+        )

@@ -13,7 +13,8 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 
 from .calibration import calibrate, sample_states
 from .control import Controller
-from .control_fitting import ControlObjective, check_lm_head
+from .control_checks import check_control_inputs, check_lm_head, check_rewards_differ
+from .control_fitting import ControlObjective
 from .control_head import ControlHead
 from .errors import HeadMismatch, HeadUnavailable
 from .fitting import ValueObjective, check_answers, fit_linear_head, pack_answers, set_scales
@@ -36,15 +37,12 @@ def _checked_args(
             "ValueHead(ValueHeadConfig(hidden_size=train_dataset.hidden_size)), or a ControlHead."
         )
     control = isinstance(model, ControlHead)
-    for name, given, kind, needed in (
-        ("base_model", base_model, PreTrainedModel, "the transformers model that wrote the rollouts"),
-        ("critic", critic, ValueHead, "a ValueHead"),
-        ("behavior", behavior, Controller, "the Controller that the rollouts were collected under"),
-    ):
-        if given is not None and not isinstance(given, kind):
-            raise TypeError(f"{name} is a {type(given).__name__}; pass {needed}, or leave it out.")
-        if given is not None and not control and name != "base_model":
+    check_control_inputs(base_model, critic, behavior)
+    for name, given in (("critic", critic), ("behavior", behavior)):
+        if given is not None and not control:
             raise ValueError(f"{name} is for a ControlHead, but the model is a ValueHead. Leave it out.")
+    if isinstance(critic, ValueHead):
+        critic.check_width(model.config.hidden_size, "the control head's model")
     if control and base_model is None:
         raise ValueError(
             "A ControlHead is trained through the language model's LM head. Pass base_model=, the model that wrote the "
@@ -137,6 +135,8 @@ class RecontrolTrainer(Trainer):
             if isinstance(model, ControlHead) and base_model is not None:
                 check_lm_head(base_model, dataset, behavior)
         if train_dataset is not None:
+            if isinstance(model, ControlHead):
+                check_rewards_differ(train_dataset)
             set_scales(model, train_dataset, standardize_inputs=args.standardize_inputs)
         super().__init__(
             model=model,
@@ -160,6 +160,10 @@ class RecontrolTrainer(Trainer):
         if isinstance(head, ValueHead):
             return ValueObjective(head, self.train_dataset, td_lambda=args.td_lambda, device=args.device)
         if critic is None:
+            if self.train_dataset is None:
+                raise ValueError(
+                    "Without a train_dataset there is nothing to fit a critic to. Pass critic=, a ValueHead."
+                )
             critic = fit_linear_head(self.train_dataset, reward=head.config.reward)
         assert self.base_model is not None  # for the type checker: it was asked for
         return ControlObjective(

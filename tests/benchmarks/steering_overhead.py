@@ -77,7 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model_of(args.shape, device)
-    machine = f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()}, torch {torch.__version__}"
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    machine += f", torch {torch.__version__}"
     print(f"{args.shape}, bfloat16, {machine}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds")
     results = []
     for rows in args.rows:

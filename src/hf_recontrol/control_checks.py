@@ -1,0 +1,122 @@
+"""What a control may be fitted to: rollouts of this very model, drawn from its own softmax, whose rewards differ."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .control import Controller
+from .errors import HeadMismatch
+from .fitting import parts_of, rewards_of
+from .forwards import logits_of
+from .hooks import lm_head
+from .kl_bound import kl_divergence
+from .rollout_blocks import evaluating
+from .value_head import ValueHead
+
+CHECKED_ANSWERS = 4
+PLAIN_SAMPLING = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+}
+"""Settings of generate() under which a token is drawn from the softmax of the logits."""
+SAME_MODEL = 0.05  # nats: bfloat16 and another batch shape give 0.001, another model 1 or more
+
+
+def check_lm_head(model: PreTrainedModel, dataset: Any, behavior: Controller | None = None) -> None:
+    """Refuse a model whose LM head, given the stored states, does not give the logits of the model itself.
+
+    Runs the model over a few stored answers, and compares.
+
+    Raises:
+        HeadMismatch: another model wrote the rollouts, or this one's logits are not a function of h_t alone.
+        ValueError: rollouts of a control that is not `behavior`, or without the prompts' token ids.
+    """
+    for part in parts_of(dataset):
+        if hasattr(part, "fingerprint"):
+            _check_sampling(part.fingerprint, behavior)
+        for i in range(min(CHECKED_ANSWERS, len(part))):
+            answer = part[i]
+            prompt = part.row(i).get("prompt_token_ids") if hasattr(part, "row") else answer.get("prompt_token_ids")
+            if prompt is None:
+                raise ValueError(
+                    "The rollouts do not have their prompts' token ids, so nothing can show that their states are this "
+                    "model's. Collect them with collect_rollouts."
+                )
+            _check_answer(model, list(prompt), answer)
+
+
+def _check_sampling(fingerprint: dict[str, Any], behavior: Controller | None) -> None:
+    under = fingerprint.get("control")
+    if under != (None if behavior is None else behavior.facts()):
+        found = "no control" if not under else "a control" if behavior is None else "another control than behavior"
+        raise ValueError(
+            f"The rollouts were collected under {found}. Pass as behavior= the Controller they were collected under, "
+            "or None for those of the base model."
+        )
+    generation = fingerprint.get("generation") or {}
+    settings = (generation.get("model_defaults") or {}) | generation
+    changed = {name: settings[name] for name, plain in PLAIN_SAMPLING.items() if settings.get(name, plain) != plain}
+    if changed:
+        raise ValueError(
+            f"The rollouts were collected with {changed}, but a control is fitted to answers sampled from the model's "
+            "own distribution: their probabilities are what its ratios divide by. Collect them with temperature=1, "
+            "top_p=1, top_k=0 and nothing that changes the logits."
+        )
+
+
+def _check_answer(model: PreTrainedModel, prompt: list[int], answer: Any) -> None:
+    states, token_ids = answer["hidden_states"], torch.as_tensor(answer["token_ids"])
+    ids = torch.cat([torch.tensor(prompt), token_ids[:-1]])[None].to(model.device)
+    sizes = model.config.get_text_config()
+    if states.shape[-1] != getattr(lm_head(model), "in_features", states.shape[-1]) or ids.max() >= sizes.vocab_size:
+        raise HeadMismatch(
+            f"The rollouts have hidden states {states.shape[-1]} wide and the token id {int(ids.max())}, but "
+            f"{type(model).__name__} is {sizes.hidden_size} wide and knows {sizes.vocab_size} tokens. Pass the model "
+            "that wrote them."
+        )
+    with torch.no_grad(), evaluating(model):
+        own = model(input_ids=ids).logits[0, len(prompt) - 1 :]
+        kl = float(kl_divergence(logits_of(model, states), own).mean())
+    if not kl < SAME_MODEL:
+        raise HeadMismatch(
+            f"The LM head of {type(model).__name__}, given the stored hidden states, gives other logits than the model "
+            f"itself over the same text: {kl:.3g} nats apart, at most {SAME_MODEL} are rounding. Were the rollouts "
+            "written by this very model? A model whose logits depend on more than the last hidden state cannot be used."
+        )
+
+
+def check_control_inputs(base_model: object, critic: object, behavior: object = None) -> None:
+    """Raise TypeError where one of them is something else."""
+    for name, given, kind, needed in (
+        ("base_model", base_model, PreTrainedModel, "the transformers model that wrote the rollouts"),
+        ("critic", critic, ValueHead, "a ValueHead"),
+        ("behavior", behavior, Controller, "the Controller that the rollouts were collected under"),
+    ):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name} is a {type(given).__name__}; pass {needed}, or leave it out.")
+
+
+def check_rewards_differ(dataset: Any) -> None:
+    """Raise ValueError where all rewards are equal: what would be fitted is noise."""
+    rewards = rewards_of(dataset)
+    if rewards.min() == rewards.max():
+        raise ValueError(
+            f"All {len(rewards)} rewards are {rewards[0].item():g}, so no control is better than another. Collect "
+            "rollouts that differ in reward."
+        )
