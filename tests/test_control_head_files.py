@@ -14,6 +14,7 @@ from test_model_card import split
 from tiny import CONTROL_SHAPES, prompts, tiny_control_head, tiny_head, tiny_model
 
 from hf_recontrol import (
+    ControlDefaults,
     ControlHead,
     ControlHeadConfig,
     Head,
@@ -456,3 +457,12 @@ def test_a_users_error_with_a_control_head_is_one_line_and_status_2(command, fol
     error = command("generate", MODEL, "the film", *options, status=2)
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_config_of_the_other_kind_is_refused():
+    with pytest.raises(TypeError, match="ControlHead takes a ControlHeadConfig, not a ValueHeadConfig"):
+        ControlHead(ValueHeadConfig(hidden_size=8))
+    with pytest.raises(TypeError, match="ValueHead takes a ValueHeadConfig, not a ControlHeadConfig"):
+        ValueHead(ControlHeadConfig(hidden_size=8))
+    with pytest.raises(HeadError, match="a ScaleDefaults, in JSON an object"):
+        ControlHeadConfig(hidden_size=8, control=ControlDefaults())

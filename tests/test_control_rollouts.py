@@ -8,8 +8,16 @@ from tiny import tiny_control_head, tiny_head, tiny_model, tiny_tokenizer
 from torch.utils.data import ConcatDataset, Subset
 from transformers import LlamaForCausalLM
 
-from hf_recontrol import CollectError, ControlConfig, Controller, HeadMismatch, RolloutDataset, collect_rollouts
-from hf_recontrol.control_checks import check_lm_head
+from hf_recontrol import (
+    CollectError,
+    ControlConfig,
+    Controller,
+    HeadMismatch,
+    RolloutDataset,
+    collect_rollouts,
+    enable_recontrol,
+)
+from hf_recontrol.control_checks import NEUTRAL, check_lm_head, unlike_softmax
 from hf_recontrol.control_fitting import advantages_of, policy_terms
 from hf_recontrol.fitting import fit_linear_head, pack_answers
 from hf_recontrol.forwards import forward_steered
@@ -268,21 +276,43 @@ def test_an_advantage_is_the_return_less_v_in_the_critics_units(plain, td_lambda
     torch.testing.assert_close(advantages, torch.tensor(by_hand))
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 0.5},
-        {"temperature": 0, "num_return_sequences": 1},
-        {"top_k": 5},
-        {"top_p": 0.5},
-        {"generation_kwargs": {"repetition_penalty": 1.3}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.5}, {"temperature": 0, "num_return_sequences": 1}], ids=str)
 def test_answers_that_were_not_drawn_from_the_models_own_softmax_are_refused(tmp_path, model, sampling):
     rollouts = collect(tmp_path, **sampling)
-    with pytest.raises(ValueError, match=r"collected with \{.*temperature=1, top_p=1, top_k=0"):
+    with pytest.raises(ValueError, match=r"collected with .*temperature=1, top_p=1, top_k=0"):
         check_lm_head(model, rollouts)
+
+
+CHANGING = {
+    "top_k": 5,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    "typical_p": 0.9,
+    "epsilon_cutoff": 0.01,
+    "eta_cutoff": 0.01,
+    "repetition_penalty": 1.1,
+    "encoder_repetition_penalty": 1.1,
+    "no_repeat_ngram_size": 3,
+    "min_length": 4,
+    "min_new_tokens": 4,
+    "guidance_scale": 2.0,
+    "num_beams": 2,
+    "exponential_decay_length_penalty": [4, 1.5],
+    "forced_eos_token_id": 2,
+    "watermarking_config": {},
+    "not_known_yet": 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_every_setting_that_changes_what_a_token_is_drawn_from_is_named(name):
+    assert unlike_softmax({"do_sample": True, name: CHANGING[name]}) == {name: CHANGING[name]}
+
+
+def test_settings_that_change_nothing_are_let_through():
+    harmless = {"max_new_tokens": 8, "eos_token_id": 2, "use_cache": True, "renormalize_logits": True}
+    assert unlike_softmax(harmless | {name: values[0] for name, values in NEUTRAL.items()}) == {}
+    assert unlike_softmax(dict.fromkeys(CHANGING)) == {}  # None is not set
 
 
 def test_a_sampling_default_of_the_model_is_refused_too(tmp_path):
@@ -296,3 +326,18 @@ def test_a_sampling_default_of_the_model_is_refused_too(tmp_path):
 def test_a_model_of_another_size_is_refused_by_name(plain, config, words):
     with pytest.raises(HeadMismatch, match=f"16 wide and the token id .* but LlamaForCausalLM .*{words}"):
         check_lm_head(tiny_model(**config), plain)
+
+
+def test_a_controller_is_taken_as_it_is_whatever_the_models_defaults_say(tmp_path, model):
+    controller = Controller(tiny_control_head(), ControlConfig(scale=1.0))
+    with_defaults = enable_recontrol(tiny_model())
+    with_defaults.set_recontrol_defaults(tiny_head(), step_size=1.0, max_kl=1e-4, max_relative_norm=1e-3)
+    collect(tmp_path / "plain", controller)
+    collect(tmp_path / "defaults", controller, model=with_defaults)
+    tokens = [[row["token_ids"] for row in RolloutDataset(tmp_path / name).rows()] for name in ("plain", "defaults")]
+    assert tokens[0] == tokens[1]
+
+
+def test_what_is_no_controller_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="controller is a ControlHead; pass a Controller"):
+        collect(tmp_path, tiny_control_head())

@@ -183,7 +183,10 @@ def test_on_answers_of_a_control_a_new_head_starts_from_nothing_but_in_its_units
 
 
 @pytest.mark.parametrize("with_behavior", [False, True], ids=["base model's answers", "a control's answers"])
-def test_the_metrics_are_those_computed_by_hand(tmp_path, rollouts, steered, behavior, model, with_behavior):
+def test_the_metrics_are_those_computed_by_hand(
+    tmp_path, rollouts, steered, behavior, model, with_behavior, monkeypatch
+):
+    monkeypatch.setattr("hf_recontrol.control_fitting.logits_at_once", lambda model: 5)
     datasets, behavior = (steered, behavior) if with_behavior else (rollouts, None)
     settings = {"td_lambda": 0.9, "beta": 0.4, "clip_ratio": 1.3, "per_device_eval_batch_size": 7}
     trainer = fit(tmp_path, datasets, model, behavior=behavior, **settings)
@@ -344,7 +347,10 @@ def test_what_cannot_be_meant_is_refused_before_training(tmp_path, rollouts, mod
 def test_the_recipes_of_the_other_kind_may_be_left_out(tmp_path, rollouts, model):
     args = arguments(tmp_path, recipe=None)
     assert args.num_train_epochs == 3.0
-    assert RecontrolTrainer(new_head(), args, train_dataset=rollouts[0], base_model=model).args is args
+    taken = RecontrolTrainer(new_head(), args, train_dataset=rollouts[0], base_model=model).args
+    assert (taken.recipe, taken.num_train_epochs, args.num_train_epochs) == ("control", 1.0, 3.0)
+    args = arguments(tmp_path, recipe=None, num_train_epochs=2)  # what is given stays
+    assert RecontrolTrainer(new_head(), args, train_dataset=rollouts[0], base_model=model).args.num_train_epochs == 2
 
 
 def test_a_behavior_may_hold_the_very_head_that_is_trained(tmp_path, model, steered, behavior):

@@ -37,16 +37,15 @@ def test_the_lines_that_train_a_head_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = Demo()
     names = {"model": demo.model, "tokenizer": demo.tokenizer, "prompts": demo.prompts["train"][:12]}
-    code = block("Train a head").replace("max_new_tokens=128", "max_new_tokens=8").replace('"path/to/head"', '"head"')
-    exec(
-        code.replace('RecontrolTrainingArguments("runs")', 'RecontrolTrainingArguments("runs", report_to="none")'),
-        names,
-    )
-    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    for place in (0, 1):
+        code = block("Train a head", place).replace("max_new_tokens=128", "max_new_tokens=8")
+        code = code.replace(
+            'RecontrolTrainingArguments("runs")', 'RecontrolTrainingArguments("runs", report_to="none")'
+        )
+        exec(code.replace('"path/to/head"', '"head"'), names)
+        assert type(names["head"]).__name__ == ("ControlHead", "ValueHead")[place]
+    files = sorted(path.name for path in (tmp_path / "head").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_the_readme_names_only_files_that_exist():

@@ -460,6 +460,11 @@ def test_each_panel_draws_its_figure_against_kl_in_order(figure_rows):
     ]
 
 
+def test_a_small_range_of_perplexities_has_a_plain_axis(figure_rows):
+    small = [row | {"perplexity_ratio": 1.0 + 0.1 * i} for i, row in enumerate(figure_rows)]
+    assert overoptimization_figure(small).axes[2].get_yscale() == "linear"
+
+
 def test_intervals_are_bands_about_lines_and_bars_about_points(figure_rows):
     from matplotlib.collections import LineCollection, PolyCollection
 

@@ -214,3 +214,20 @@ def test_a_head_to_improve_is_as_it_was_until_all_is_done(tmp_path):
     assert train(tmp_path, head=head, iterations=2) is head  # the same call again
     assert not torch.equal(head.bias, before["bias"])
     assert head.config.control.calibration
+
+
+def test_sampling_that_a_control_cannot_be_fitted_to_is_refused_before_any_answer(tmp_path):
+    with pytest.raises(ValueError, match=r"collected with \{'min_p': 0\.1\}"):
+        train(tmp_path, generation_kwargs={"min_p": 0.1})
+    model = tiny_model()
+    model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match=r"repetition_penalty.*generation_kwargs=\{"):
+        train_control(model, tiny_tokenizer(), PROMPTS, TwoWords(), tmp_path)
+    assert not list(tmp_path.rglob("block-*"))
+
+
+def test_the_card_counts_the_rounds_of_all_calls(tmp_path):
+    head = train(tmp_path / "first", iterations=1)
+    assert head.config.info["training"]["iterations"] == 1
+    assert train(tmp_path / "second", head=head, iterations=2).config.info["training"]["iterations"] == 3
+    assert "Rounds of answers collected: 3" in head.model_card()

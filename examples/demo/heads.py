@@ -1,8 +1,8 @@
-"""Make the demo's heads: prompts, rollouts, a linear and an MLP value head, a placebo, each calibrated.
+"""Make the demo's heads: prompts, rollouts, two value heads, two control heads, a placebo, each calibrated.
 
-    python examples/demo/value_heads.py FOLDER_OF_TEXTS --output src/hf_recontrol/demo
+    python examples/demo/heads.py FOLDER_OF_TEXTS --output src/hf_recontrol/demo
 
-The output folder holds language_model/, reward/ and judge/ already. About ten minutes on two CPU cores.
+The output folder holds language_model/, reward/ and judge/ already. About a quarter of an hour on two CPU cores.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=Path, help="kept there, and resumed; a temporary folder where not given")
     parser.add_argument("--prompts", type=int, default=6000)
     parser.add_argument("--answers", type=int, default=6)
+    parser.add_argument("--iterations", type=int, default=1, help="of the control head")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     write_prompts(args.texts, args.output / "prompts.json")
@@ -46,6 +47,7 @@ def main() -> None:
         prompts=args.prompts,
         answers=args.answers,
         rollouts_dir=args.rollouts,
+        iterations=args.iterations,
     )
     for name, head in heads.items():
         print(name, json.dumps(head.config.info, indent=1))

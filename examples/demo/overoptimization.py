@@ -34,9 +34,9 @@ class Shuffled(Dataset):
     """Rollouts whose rewards have changed places: there is nothing to learn from them."""
 
     def __init__(self, rollouts: Any, seed: int):
-        self.rollouts, self.hidden_size = rollouts, rollouts.hidden_size
+        self.rollouts, self.hidden_size, self.row = rollouts, rollouts.hidden_size, rollouts.row
         order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed))
-        self.rewards = [float(rollouts[int(i)]["reward"]) for i in order]
+        self.rewards = rollouts.rewards[order]
 
     def __len__(self) -> int:
         return len(self.rollouts)

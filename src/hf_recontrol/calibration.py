@@ -16,7 +16,6 @@ from .head_config import ControlDefaults
 from .keywords import check_base_model
 from .kl_bound import kl_divergence
 from .rollout_blocks import evaluating
-from .value_head import ValueHead
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # On the demo 0.1 gains +1.0 sd by the judge for a perplexity of 1.2 × base, 0.2 +1.4 for 1.4 ×, and above 0.3 it is
@@ -63,7 +62,7 @@ def calibrate(head: Head, model: PreTrainedModel, hidden_states: Tensor) -> None
             multiplier = _multiplier_at(head, model, states, strength, multiplier)
             table.append((strength, multiplier))
     control.calibration, control.strength = [list(pair) for pair in table], DEFAULT_STRENGTH
-    setattr(control, _name(head), dict(table)[DEFAULT_STRENGTH])
+    setattr(control, control.multiplier, dict(table)[DEFAULT_STRENGTH])
     if isinstance(control, ControlDefaults):
         control.calibration_num_steps = control.num_steps
     head.config.info["calibration"] = {"states": len(states)}
@@ -101,13 +100,8 @@ def mean_kl(controller: Controller, model: PreTrainedModel, hidden_states: Tenso
     return total / len(hidden_states)
 
 
-def _name(head: Head) -> str:
-    """What of this head a strength picks."""
-    return "step_size" if isinstance(head, ValueHead) else "scale"
-
-
 def _at(head: Head, multiplier: float) -> Controller:
-    return Controller(head, ControlConfig.of({_name(head): multiplier}))
+    return Controller(head, ControlConfig.of({head.config.control.multiplier: multiplier}))
 
 
 def _first_guess(head: Head, states: Tensor) -> float:
@@ -129,10 +123,10 @@ def _multiplier_at(head: Head, model: PreTrainedModel, states: Tensor, strength:
             break
         tried.append((math.log(multiplier), math.log(kl)))
         multiplier *= math.exp((math.log(strength) - math.log(kl)) / _slope(tried[-2:]))
+    name = head.config.control.multiplier.replace("_", " ")
     raise ValueError(
-        f"No {_name(head).replace('_', ' ')} of this head spends {strength} nats a token: {multiplier:.3g} gave "
-        f"{kl:.3g}. Its control may be zero at many states, or a norm cap, λ or a target value holds it down. Train it "
-        "longer, or take those out."
+        f"No {name} of this head spends {strength} nats a token: {multiplier:.3g} gave {kl:.3g}. Its control may be "
+        "zero at many states, or a norm cap, λ or a target value holds it down. Train it longer, or take those out."
     )
 
 

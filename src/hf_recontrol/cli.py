@@ -42,6 +42,9 @@ def demo(
         bool, typer.Option("--train", help="First collect rollouts and train the heads anew (extra: train; minutes).")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="With --train: a folder where the heads are kept.")] = None,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="With --train: rounds of answers that the control head is fitted to.")
+    ] = 1,
     prompts: Annotated[int, typer.Option(min=10, max=400, help="Prompts of the table; fewer is faster.")] = 400,
 ) -> None:
     """A tiny language model of film reviews with and without control: a few texts, and a table. No network."""
@@ -52,6 +55,8 @@ def demo(
 
     if "OMP_NUM_THREADS" not in os.environ:  # torch's default leaves out hyper-threads, which help a model this small
         torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    if not train and (output is not None or iterations > 1):
+        raise ValueError("--output and --iterations are for heads that are made anew: pass --train too.")
     if not train:
         show(Demo(), prompts, typer.echo)
         return
@@ -59,7 +64,7 @@ def demo(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = output or Path(scratch)
-        make_heads(Demo(), folder, prompts=3000, answers=4)
+        make_heads(Demo(), folder, prompts=3000, answers=4, iterations=iterations)
         show(Demo(heads_folder=folder), prompts, typer.echo)
 
 
@@ -79,7 +84,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    trace: Annotated[bool, typer.Option("--trace", help="Show each token's value, and what the control did.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Show what the control did to each token, and of a value head its value.")
+    ] = False,
 ) -> None:
     """Go on from PROMPT with MODEL, steered by a head. Without one, the plain text."""
     from transformers import set_seed
@@ -146,7 +153,7 @@ def tune(
     steps = getattr(control, "num_steps", None)
     typer.echo(f"On {len(states)} states" + (f", at n = {steps}:" if steps else ":"))
     for kl, multiplier in control.calibration:
-        typer.echo(f"{kl:8g} nats a token: {'step size' if steps else 'scale'} {multiplier:.4g}")
+        typer.echo(f"{kl:8g} nats a token: {control.multiplier.replace('_', ' ')} {multiplier:.4g}")
     typer.echo(f"Saved in {output or head}. Its strength is {control.strength:g} unless told otherwise.")
 
 

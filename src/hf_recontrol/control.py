@@ -89,8 +89,11 @@ class Controller:
 
     def facts(self) -> dict[str, Any]:
         """What decides the control, as plain JSON: two controllers whose facts are equal steer alike."""
-        heads = [[head.digest(), factor] for head, factor in [*self._controls, *self._values]]
-        said = {name: value for name, value in asdict(self.config).items() if value not in (None, math.inf)}
+        heads = [[head.digest(), float(factor)] for head, factor in [*self._controls, *self._values]]
+        said = {name: float(value) for name, value in asdict(self.config).items() if value not in (None, math.inf)}
+        if self.config.target_value is not None:
+            scale = self._values[0][0].config.reward
+            said |= {"reward_mean": scale.mean, "reward_std": scale.std}
         return {"heads": heads, "config": said}
 
     @property

@@ -1,10 +1,13 @@
 """What a control may be fitted to: rollouts of this very model, drawn from its own softmax, whose rewards differ."""
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from .config_checks import shown
 from .control import Controller
 from .errors import HeadMismatch
 from .fitting import parts_of, rewards_of
@@ -15,27 +18,50 @@ from .rollout_blocks import evaluating
 from .value_head import ValueHead
 
 CHECKED_ANSWERS = 4
-PLAIN_SAMPLING = {
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "guidance_scale": None,
-}
-"""Settings of generate() under which a token is drawn from the softmax of the logits."""
+CHECKED_TOKENS = 64  # of each
 SAME_MODEL = 0.05  # nats: bfloat16 and another batch shape give 0.001, another model 1 or more
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "do_sample": (True,),
+    "temperature": (1.0,),
+    "top_p": (1.0,),
+    "top_k": (0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "guidance_scale": (1.0,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "length_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "remove_invalid_values": (False,),
+}
+"""Values of generate()'s settings under which a token is drawn from the softmax of the logits."""
+HARMLESS = set(
+    """max_length max_new_tokens max_time stop_strings early_stopping eos_token_id pad_token_id bos_token_id
+    decoder_start_token_id num_return_sequences renormalize_logits use_cache cache_implementation cache_config
+    compile_config disable_compile token_healing model_defaults transformers_version output_attentions
+    output_hidden_states output_scores output_logits return_dict_in_generate""".split()  # noqa: SIM905
+)
+"""Settings that decide where an answer ends, or how it is computed, but not the distribution of a token."""
+
+
+def unlike_softmax(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of generate()'s settings that change what a token is drawn from, or may."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if value is not None
+        and name not in HARMLESS
+        and not name.startswith(("recontrol_", "_"))
+        and value not in NEUTRAL.get(name, ())
+    }
 
 
 def check_lm_head(model: PreTrainedModel, dataset: Any, behavior: Controller | None = None) -> None:
@@ -70,18 +96,24 @@ def _check_sampling(fingerprint: dict[str, Any], behavior: Controller | None) ->
             "or None for those of the base model."
         )
     generation = fingerprint.get("generation") or {}
-    settings = (generation.get("model_defaults") or {}) | generation
-    changed = {name: settings[name] for name, plain in PLAIN_SAMPLING.items() if settings.get(name, plain) != plain}
-    if changed:
+    given = {name: value for name, value in generation.items() if value is not None}
+    check_sampling((generation.get("model_defaults") or {}) | given)
+
+
+def check_sampling(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless under these settings of generate() a token is drawn from the softmax of the logits."""
+    if changed := unlike_softmax(settings):
         raise ValueError(
-            f"The rollouts were collected with {changed}, but a control is fitted to answers sampled from the model's "
-            "own distribution: their probabilities are what its ratios divide by. Collect them with temperature=1, "
-            "top_p=1, top_k=0 and nothing that changes the logits."
+            "A control is fitted to answers sampled from the model's own distribution, as its ratios divide by their "
+            f"probabilities, but these are collected with {shown(changed)}. Collect with temperature=1, top_p=1, "
+            "top_k=0 and nothing that changes the logits. What model.generation_config says is undone there, or by its "
+            'neutral value, say generation_kwargs={"repetition_penalty": 1.0}.'
         )
 
 
 def _check_answer(model: PreTrainedModel, prompt: list[int], answer: Any) -> None:
-    states, token_ids = answer["hidden_states"], torch.as_tensor(answer["token_ids"])
+    states = answer["hidden_states"][:CHECKED_TOKENS]
+    token_ids = torch.as_tensor(answer["token_ids"])[: len(states)]
     ids = torch.cat([torch.tensor(prompt), token_ids[:-1]])[None].to(model.device)
     sizes = model.config.get_text_config()
     if states.shape[-1] != getattr(lm_head(model), "in_features", states.shape[-1]) or ids.max() >= sizes.vocab_size:
@@ -91,7 +123,8 @@ def _check_answer(model: PreTrainedModel, prompt: list[int], answer: Any) -> Non
             "that wrote them."
         )
     with torch.no_grad(), evaluating(model):
-        own = model(input_ids=ids).logits[0, len(prompt) - 1 :]
+        enough = {"logits_to_keep": len(states)} if "logits_to_keep" in signature(model.forward).parameters else {}
+        own = model(input_ids=ids, **enough).logits[0, -len(states) :]
         kl = float(kl_divergence(logits_of(model, states), own).mean())
     if not kl < SAME_MODEL:
         raise HeadMismatch(

@@ -17,7 +17,7 @@ from .control import Controller
 from .control_checks import check_control_inputs, check_lm_head, check_rewards_differ
 from .control_config import as_float
 from .control_head import ControlHead
-from .fitting import batches, check_answers, fit_linear_head, set_scales
+from .fitting import batches, check_answers, fit_linear_head, float64_device, set_scales
 from .forwards import logits_at_once, logits_of, steered_logits
 from .head_config import ControlHeadConfig
 from .kl_bound import kl_of_logs, log_softmax
@@ -118,8 +118,9 @@ def fit_constant_control(
     """u = F⁻¹g / β in closed form: the constant control that gains most per nat, for small shifts. No randomness.
 
     With s_t = ∇_h log p(y_t | h_t): g = E[A_t s_t] is the policy gradient at u = 0 and F = E[s_t s_tᵀ] the Fisher
-    information, so u maximises the expected gain less β times the KL to second order. It is the ridge regression of the
-    advantages on the scores, the compatible approximation of Kakade (2001). One pass over the rollouts.
+    information, so u maximises the expected gain, to first order, less β times the KL, to second. It is the ridge
+    regression of the advantages on the scores, the compatible approximation of Kakade (2001). One pass over the
+    rollouts.
 
     Args:
         train_dataset: a RolloutDataset of the base model, or a Subset or ConcatDataset of them.
@@ -134,7 +135,8 @@ def fit_constant_control(
 
     Raises:
         HeadMismatch: hidden states of several widths, or of another model.
-        ValueError: no answers, or numbers out of bounds.
+        TypeError, ValueError: no answers, rewards that are all equal, answers under a control or of another sampling
+            than temperature 1, or arguments out of bounds.
     """
     for name, value, holds, wanted in (
         ("beta", beta, 0 < as_float(beta) < math.inf, "a finite number > 0"),
@@ -143,6 +145,8 @@ def fit_constant_control(
     ):
         if not holds:
             raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
+    if base_model is None:
+        raise TypeError("base_model is None; pass the transformers model that wrote the rollouts.")
     check_control_inputs(base_model, critic)
     check_answers(train_dataset, "train_dataset")
     check_rewards_differ(train_dataset)
@@ -178,18 +182,21 @@ def start_from_constant(
     learning rate suits every model, whatever the size of its hidden states and of its LM head's weights.
     """
     width, tokens = head.config.hidden_size, 0
-    gradient, fisher = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    device = float64_device(base_model.device)
+    gradient, fisher = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((width,), (width, width)))
     with evaluating(base_model):
         for batch in batches(dataset):
             batch = {name: tensor.to(critic.input_mean.device) for name, tensor in batch.items()}
-            s = scores(base_model, batch["hidden_states"], batch["token_ids"]).double()
-            gradient += (advantages_of(critic, batch, td_lambda).to(s) @ s).cpu()
-            fisher += (s.T @ s).cpu()
+            s = scores(base_model, batch["hidden_states"], batch["token_ids"]).to(device).double()
+            gradient += advantages_of(critic, batch, td_lambda).to(s) @ s
+            fisher += s.T @ s
             tokens += len(s)
-    fisher /= tokens
+    fisher, gradient = fisher.cpu() / tokens, gradient.cpu()
     spread = fisher.diagonal()
     damped = fisher + max(ridge, 1e-12) * spread.mean() * torch.eye(width, dtype=torch.float64)
     u = torch.linalg.solve(damped, gradient / tokens) / beta
+    if not u.isfinite().all():
+        raise ValueError("The rollouts hold hidden states or rewards that are not finite numbers. Collect them again.")
     scale = (width * spread.clamp(min=1e-6 * float(spread.mean()))).rsqrt()
     with torch.no_grad():
         head.output_scale.copy_(scale)

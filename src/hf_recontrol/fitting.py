@@ -159,6 +159,11 @@ def set_scales(head: Head, answers: Any, *, standardize_inputs: bool = True) -> 
         head.input_std.copy_(moments.std)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64: some kinds of device have none."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def fit_linear_head(
     train_dataset: Any,
     *,
@@ -282,7 +287,7 @@ class ValueObjective:
         """The ridge head of the training answers; fitted when it is first asked for."""
         if self.train_dataset is None:
             return None
-        device = self.device if self.device.type == "cuda" else "cpu"  # some other kinds have no float64
+        device = float64_device(self.device)
         return fit_linear_head(self.train_dataset, reward=self.head.config.reward, device=device).to(self.device)
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -30,7 +30,9 @@ def _enabled(model: PreTrainedModel) -> Iterator[None]:
             disable_recontrol(model)
 
 
-def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def generate_with_hidden_states(
+    model: PreTrainedModel, *, max_new_tokens: int, controller: Controller | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     """generate(), and the hidden state that predicted each new token: s_t = h_t, the LM head's input before any edit.
 
     Recorded while generating, at no cost in time. Greedy decoding and sampling only.
@@ -38,6 +40,7 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
     Args:
         model: any transformers model with an LM head, enabled or not.
         max_new_tokens: at most so many tokens are generated.
+        controller: a control, taken as it is, whatever the keywords and the model's defaults say.
         kwargs: generate()'s, the `recontrol_` ones too (s_t is recorded before the edit).
 
     Returns:
@@ -56,7 +59,9 @@ def generate_with_hidden_states(model: PreTrainedModel, *, max_new_tokens: int, 
     recorder = HiddenStates(max_new_tokens)
     with _enabled(model):
         stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
-        sequences = steered_generate(stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder)
+        sequences = steered_generate(
+            stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder, controller
+        )
     hidden_states = recorder.recorded()
     if kwargs.get("input_ids") is not None and not model.config.is_encoder_decoder:
         new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]

@@ -53,6 +53,10 @@ class Head(HeadFiles):
 
     def __init__(self, config: HeadConfig):
         super().__init__()
+        if type(config) is not self.config_class:
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}."
+            )
         config.validate()
         self.config = config
         self.register_buffer("input_mean", torch.zeros(config.hidden_size, dtype=torch.float32))

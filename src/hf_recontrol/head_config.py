@@ -24,6 +24,9 @@ EITHER = " here (ValueHead reads value heads, ControlHead control heads, Head.fr
 class SteeringDefaults:
     """How hard a head steers when generate() is not told, and the table that strengths are read from."""
 
+    multiplier: ClassVar[str]
+    """The field that a strength picks."""
+
     strength: float | None = None
     """Mean KL per token in nats, > 0; picks the multiplier (a value head's step_size, a control head's scale) from the
     calibration. None: the multiplier as it stands counts."""
@@ -33,7 +36,11 @@ class SteeringDefaults:
     """‖u‖ at most this share of ‖h‖, > 0. None: no bound."""
     calibration: list[list[float]] = field(default_factory=list)
     """Pairs [mean KL per token in nats, the multiplier that gives it], both rising, at most 32. The KL is measured on
-    the base model's own states with each token held at 4 × the mean; empty: not calibrated."""
+    states of the model's own answers with each token held at 4 × the mean; empty: not calibrated."""
+
+    def forget_calibration(self) -> None:
+        """Take out what belongs to weights that are about to change."""
+        self.calibration, self.strength = [], None
 
     def validate(self) -> None:
         """Check every field against its type and bounds.
@@ -61,6 +68,8 @@ class SteeringDefaults:
 class ControlDefaults(SteeringDefaults):
     """The ascent that a value head is used with when generate() is given no other."""
 
+    multiplier: ClassVar[str] = "step_size"
+
     step_size: float = 0.5
     """α, in hidden-state units per unit of ∇V (V in standard deviations of the reward); ≥ 0, 0 is no control."""
     num_steps: int = 30
@@ -71,6 +80,11 @@ class ControlDefaults(SteeringDefaults):
     """Value to steer to, from either side, in raw units of the reward. None: as high as the steps reach."""
     calibration_num_steps: int | None = None
     """n that the calibration was made at, 1 to 1024; num_steps where None."""
+
+    def forget_calibration(self) -> None:
+        """As SteeringDefaults."""
+        super().forget_calibration()
+        self.calibration_num_steps = None
 
     def validate(self) -> None:
         """As SteeringDefaults."""
@@ -90,6 +104,8 @@ class ControlDefaults(SteeringDefaults):
 @dataclass(kw_only=True)
 class ScaleDefaults(SteeringDefaults):
     """The multiple of its u that a control head is used with when generate() is given no other."""
+
+    multiplier: ClassVar[str] = "scale"
 
     scale: float = 1.0
     """What u is multiplied by, ≥ 0; 0 is no control, 1 the control as it was fitted."""
@@ -185,7 +201,8 @@ class HeadConfig:
         check_number("reward.mean", self.reward.mean, -1e30)
         check_number("reward.std", self.reward.std, 1e-30)
         names = ", ".join(f.name for f in fields(self.control_class))
-        check("control", self.control, type(self.control) is self.control_class, f"an object {{{names}}}")
+        allowed = f"a {self.control_class.__name__}, in JSON an object {{{names}}}"
+        check("control", self.control, type(self.control) is self.control_class, allowed)
         self.control.validate()
         check_info(self.info)
 

@@ -20,9 +20,9 @@ METRIC_NAMES = {
     "calibration_slope": "Slope of the reward on the prediction (1: calibrated, below 1: exaggerated)",
     "loss": "Mean squared error to the λ-return",
     "objective": "Objective: β times the KL less the clipped gain, mean over tokens",
-    "gain": "Gain of the reward, in its standard deviations, estimated from answers of the model as it was",
-    "kl_per_token": "KL from the base model, nats per token",
-    "kl_per_answer": "KL from the base model, nats per answer",
+    "gain": "Gain of the reward at scale 1, in its standard deviations, estimated from answers without this control",
+    "kl_per_token": "KL from the base model at scale 1, nats per token",
+    "kl_per_answer": "KL from the base model at scale 1, nats per answer",
     "clipped": "Share of tokens beyond the clipping range",
 }
 OBJECTIVES = {
@@ -42,7 +42,6 @@ TRAINING_NAMES = {
     "ridge": "Ridge",
     "beta": "β of the KL from the base model",
     "clip_ratio": "Probability ratios are clipped to this and its inverse",
-    "critic": "Critic",
     "iterations": "Rounds of answers collected",
     "seed": "Seed",
 }

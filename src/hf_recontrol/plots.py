@@ -234,7 +234,7 @@ def overoptimization_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             axis.axhline(COLLAPSE[name], color="grey", linestyle="--", label=limits)
         axis.set(xscale="log", xlabel="KL per answer (nats)", ylabel=label)
         _number(axis.xaxis)
-        if name == "perplexity_ratio":  # it grows without bound
+        if name == "perplexity_ratio" and max(row[name] for row in rows) >= 2:  # it grows without bound
             axis.set_yscale("log")
             _number(axis.yaxis)
     # perplexity's panel has all that the others have, and the limits

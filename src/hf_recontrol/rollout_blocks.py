@@ -112,17 +112,12 @@ class Collector:
             attention_mask=attention_mask.to(device),
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
-            **self._control(),
+            controller=self.controller,
+            recontrol_value_head=False,  # whatever the model's defaults say
             **({"eos_token_id": eos or None} | self.generation),
         )
         generated: list[list[int]] = sequences[:, input_ids.shape[1] :].tolist()
         return generated, hidden_states, stopping.lengths
-
-    def _control(self) -> dict[str, Any]:
-        if self.controller is None:
-            return {"recontrol_value_head": False}  # these are the base model's, whatever its defaults say
-        heads = dict(zip(self.controller.heads, self.controller.weights, strict=True))
-        return {"recontrol_value_head": heads, "recontrol_config": self.controller.config}
 
     def _token_ids(self, prompt: Text) -> list[int]:
         if isinstance(prompt, str):

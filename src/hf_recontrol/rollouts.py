@@ -88,12 +88,14 @@ def collect_rollouts(
         table only.
 
     Raises:
-        ValueError: an argument out of bounds; checked, as the next, before anything is generated.
+        TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
         CollectError: a prompt with no room for its answer, a folder with other settings, a wrong return of a reward
             function, or a full disk.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; rollouts are of decoder-only models.")
+    if controller is not None and not isinstance(controller, Controller):
+        raise TypeError(f"controller is a {type(controller).__name__}; pass a Controller(head), or None.")
     texts, extra = _as_columns(prompts, columns)
     _check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
     if num_return_sequences > 1 and temperature == 0:
@@ -114,7 +116,7 @@ def collect_rollouts(
         "prompts": len(texts),
         "prompts_sha256": _hash(_as_json(text, extra, i) for i, text in enumerate(texts)),
         "prompt_token_ids_sha256": _hash(repr(ids) for ids in collector.checked_token_ids()),
-        "generation": {**generation, "stop_strings": stop, "model_defaults": _generation_defaults(model)},
+        "generation": {**generation, "stop_strings": stop, "model_defaults": generation_defaults(model)},
         "num_return_sequences": num_return_sequences,
         "block_size": block_size,
         "drop_truncated": drop_truncated,
@@ -230,7 +232,8 @@ def _samples(model: PreTrainedModel) -> Iterator[str]:
             yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {sample.view(torch.uint8).tolist()}"
 
 
-def _generation_defaults(model: PreTrainedModel) -> Any:
+def generation_defaults(model: PreTrainedModel) -> Any:
+    """What of the model's own generation config is not transformers' default, as plain JSON."""
     defaults = model.generation_config.to_diff_dict()
     defaults.pop("transformers_version", None)
     return json.loads(json.dumps(defaults, default=str))

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .control import Controller
 from .errors import SteeringNotApplied
 from .hooks import Call, Recorder, install, live_call, lm_head_owner, run_live
-from .keywords import RecontrolKeywords, said_by
+from .keywords import RecontrolKeywords, Request, said_by
 from .trace import Trace, TraceRecorder
 
 ONE_FORWARD_A_TOKEN: dict[str, tuple[Any, ...]] = {
@@ -36,11 +36,12 @@ def steered_generate(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     recorder: Recorder | None = None,
+    controller: Controller | None = None,
 ) -> Any:
-    """`stock(*args, **kwargs)`, a generate(), with the control that the keywords and configs ask for."""
+    """`stock(*args, **kwargs)`, a generate(), with `controller`, or the control that keywords and configs ask for."""
     keywords = RecontrolKeywords.pop(kwargs)
     configs = _configs(model, args, kwargs)
-    request = keywords.request(model, configs[0])
+    request = keywords.request(model, configs[0]) if controller is None else Request(controller)
     call, tracer = None, None
     if request.trace and request.controller is not None:
         _check_traceable(kwargs, configs, recorder)

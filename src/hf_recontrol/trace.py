@@ -23,7 +23,8 @@ class Trace:
     token_ids: Tensor
     """int64: y_t, the tokens that were chosen."""
     values: Tensor
-    """float32: V(h_t) before the control, in raw units of the reward (of several heads: their weighted sum)."""
+    """float32: V(h_t) before the control, in raw units of the reward (of several value heads: their weighted sum; NaN
+    where there is none)."""
     steered_values: Tensor
     """float32: V(h_t + u_t), in the same units."""
     control_norms: Tensor

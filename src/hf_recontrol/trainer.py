@@ -17,9 +17,8 @@ from .control_checks import check_control_inputs, check_lm_head, check_rewards_d
 from .control_fitting import ControlObjective
 from .control_head import ControlHead
 from .errors import HeadMismatch, HeadUnavailable
-from .fitting import ValueObjective, check_answers, fit_linear_head, pack_answers, set_scales
+from .fitting import ValueObjective, check_answers, fit_linear_head, float64_device, pack_answers, set_scales
 from .head import Head
-from .head_config import ControlDefaults
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
 from .head_hub import push_files
 from .keywords import check_base_model
@@ -49,7 +48,7 @@ def _checked_args(
             "rollouts."
         )
     if args is None:
-        return RecontrolTrainingArguments(recipe="control" if control else None)
+        args = RecontrolTrainingArguments()
     if not isinstance(args, RecontrolTrainingArguments):
         raise TypeError(
             f"args is a {type(args).__name__}; expected RecontrolTrainingArguments, which has all that "
@@ -60,7 +59,7 @@ def _checked_args(
             f"recipe is {args.recipe!r}, but the model is a {type(model).__name__}. Take recipe="
             f"{'control' if control else 'paper'!r}, or leave it out."
         )
-    return args
+    return args.for_control() if control else args
 
 
 class RecontrolTrainer(Trainer):
@@ -73,7 +72,8 @@ class RecontrolTrainer(Trainer):
     training set's mean and std, which are stored in the head.
 
     u: maximise mean over tokens min(ρ_t A_t, clip(ρ_t, 1/c, c) A_t) − β KL(p_u ‖ p_base), ρ_t = p_u(y_t)/p_old(y_t) and
-    A_t = v_t − V(s_t), V the critic. Beyond the paper. Only the language model's LM head is run, on stored states.
+    A_t = v_t − V(s_t), V the critic. Beyond the paper. Of the language model the LM head is run, on stored states (and
+    for each few hundred tokens the rest on one token, to know what it does after its LM head).
     A fresh control head starts from the best constant, see fit_constant_control.
 
     A transformers Trainer: callbacks, report_to, resume_from_checkpoint, load_best_model_at_end and the rest are
@@ -101,7 +101,6 @@ class RecontrolTrainer(Trainer):
         FloatingPointError: (from train) a loss that is not finite; nothing is saved after it.
     """
 
-    _tag_names: ClassVar[list[str]] = ["recontrol", "value-head"]
     _name = "RE-Control"
     _paper: ClassVar[dict[str, str]] = {
         "title": "Aligning Large Language Models with Representation Editing: A Control Perspective",
@@ -164,7 +163,7 @@ class RecontrolTrainer(Trainer):
                 raise ValueError(
                     "Without a train_dataset there is nothing to fit a critic to. Pass critic=, a ValueHead."
                 )
-            critic = fit_linear_head(self.train_dataset, reward=head.config.reward)
+            critic = fit_linear_head(self.train_dataset, reward=head.config.reward, device=float64_device(args.device))
         assert self.base_model is not None  # for the type checker: it was asked for
         return ControlObjective(
             self.base_model,
@@ -237,7 +236,10 @@ class RecontrolTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """What value_metrics says of held-out answers, each key with eval_ in front (eval_<name>_ for a dict)."""
+        """What the objective's metrics say of held-out answers, each key with eval_ in front (eval_<name>_ for a dict).
+
+        See value_metrics, and ControlObjective.metrics.
+        """
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if not self.is_in_train:
             self._restore_forward()
@@ -265,15 +267,14 @@ class RecontrolTrainer(Trainer):
         With base_model the final head is calibrated, or a warning says why it cannot be; a calibration from before the
         training is taken out.
         """
-        control = self.model.config.control
-        control.calibration, control.strength = [], None
-        if isinstance(control, ControlDefaults):
-            control.calibration_num_steps = None
-        self.model.config.info.pop("calibration", None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete_checkpoint(self.args.output_dir)
-        if isinstance(self.objective, ControlObjective) and not resume_from_checkpoint:
-            self.objective.start(self.model, self.train_dataset)  # type: ignore[arg-type]
+        if self.train_dataset is None:
+            raise ValueError("There is no train_dataset. Pass one to RecontrolTrainer.")
+        self.model.config.control.forget_calibration()
+        self.model.config.info.pop("calibration", None)
+        if isinstance(self.model, ControlHead) and not resume_from_checkpoint:
+            self.objective.start(self.model, self.train_dataset)  # type: ignore[union-attr]
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             stale = self._evaluation is None or self._evaluation[0] != self.state.global_step

@@ -1,10 +1,11 @@
 """TrainingArguments for a head: the objective, and defaults that suit a small head, not a language model."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -92,9 +93,9 @@ class RecontrolTrainingArguments(TrainingArguments):
             )
         if self.recipe not in SETTINGS:
             raise ValueError(f"recipe is {self.recipe!r}; it must be None, 'control' or 'paper'.")
-        for name, value in SETTINGS[self.recipe].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        self._left_out = [name for name in DEFAULTS if getattr(self, name) is None]
+        for name in self._left_out:
+            setattr(self, name, SETTINGS[self.recipe][name])
         super().__post_init__()
         if not 0 <= self.td_lambda <= 1:
             raise ValueError(f"td_lambda is {self.td_lambda!r}; it must be from 0 (Bellman) to 1 (Monte Carlo).")
@@ -120,6 +121,16 @@ class RecontrolTrainingArguments(TrainingArguments):
                 f"hub_strategy is {HubStrategy(self.hub_strategy).value!r}, which uploads the optimiser's pickles, but "
                 "a head's repository holds config.json, model.safetensors and README.md. Use 'every_save' or 'end'."
             )
+
+    def for_control(self) -> Self:
+        """These, with recipe="control" where no recipe was given: it fills in the fields that were left out."""
+        if self.recipe is not None:
+            return self
+        args = copy.copy(self)
+        args.recipe = "control"
+        for name in self._left_out:
+            setattr(args, name, SETTINGS["control"][name])
+        return args
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_recontrol import ControlHead, ControlHeadConfig, ValueHead, ValueHeadConfig, enable_recontrol
+from hf_recontrol import (
+    ControlHead,
+    ControlHeadConfig,
+    Controller,
+    ValueHead,
+    ValueHeadConfig,
+    enable_recontrol,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -67,6 +74,19 @@ def measure(
     return seconds
 
 
+def edit_seconds(head: Any, rows: int, device: str) -> float:
+    """Of the edit alone, the median of 200; end to end it drowns in the spread of a step's time."""
+    controller, seconds = Controller(head), []
+    states = torch.randn(rows, 1, head.config.hidden_size, dtype=torch.bfloat16, device=device)
+    for _ in range(200):
+        start = time.perf_counter()
+        controller.edit(states)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
@@ -82,7 +102,8 @@ def main() -> None:
     print(f"{args.shape}, bfloat16, {machine}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds")
     results = []
     for rows in args.rows:
-        seconds = measure(model, rows, args.tokens, args.rounds, heads_for(model.config.hidden_size, device))
+        variants = heads_for(model.config.hidden_size, device)
+        seconds = measure(model, rows, args.tokens, args.rounds, variants)
         for name, times in seconds.items():
             ratios = sorted(one / plain for one, plain in zip(times, seconds["plain"], strict=True))
             ratio, spread = statistics.median(ratios), ratios[len(ratios) * 3 // 4] - ratios[len(ratios) // 4]
@@ -91,6 +112,12 @@ def main() -> None:
             print(
                 f"rows {rows:3}  {name:28} {ratio:7.4f} × plain (quartiles {spread:.4f} apart), {milliseconds:.1f} ms"
             )
+        step = statistics.median(seconds["plain"])
+        for name, keywords in variants.items():
+            if keywords and "max_kl" not in name:
+                share = edit_seconds(keywords["recontrol_value_head"], rows, device) / step
+                results.append({"shape": args.shape, "rows": rows, "variant": name, "edit_of_a_step": share})
+                print(f"rows {rows:3}  {name:28} the edit alone: {100 * share:.2f} % of a plain step")
     if args.output:
         args.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

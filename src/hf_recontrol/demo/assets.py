@@ -13,12 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from ..generation import enable_recontrol
+from ..head import Head
 from ..rewards import Rewards
-from ..value_head import ValueHead
 
 FOLDER = Path(__file__).parent
 MAX_NEW_TOKENS = 40
-HEADS = {"linear_head": "linear head", "value_head": "MLP head", "random_direction": "random direction"}
+HEADS = {
+    "constant_control": "constant control",
+    "control_head": "control head",
+    "linear_head": "linear value head",
+    "value_head": "MLP value head",
+    "random_direction": "random direction",
+}
 
 
 @contextmanager
@@ -73,6 +79,6 @@ class Demo:
         prompts: dict[str, list[str]] = json.loads((self.folder / "prompts.json").read_text(encoding="utf-8"))
         return prompts
 
-    def head(self, name: str) -> ValueHead:
+    def head(self, name: str) -> Any:
         """One of HEADS, calibrated."""
-        return ValueHead.from_pretrained((self.heads_folder or self.folder) / name)
+        return Head.from_pretrained((self.heads_folder or self.folder) / name)

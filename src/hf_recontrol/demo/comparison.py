@@ -12,12 +12,12 @@ from transformers.utils import logging
 from ..control import Controller
 from ..control_config import ControlConfig
 from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
+from ..head import Head
 from ..rollout_blocks import end_of_answer, seeded
-from ..value_head import ValueHead
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]
-STRENGTH = 0.2  # nats a token: what every head is asked for
+STRENGTH = 0.1  # nats a token: what every head is asked for, and the default of a calibrated head
 CONTROL = ControlConfig(strength=STRENGTH)
 ROUNDS = 2  # answers to each prompt by each method
 
@@ -37,7 +37,7 @@ def sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    head: ValueHead | None = None,
+    head: Head | None = None,
     config: ControlConfig | None = None,
     *,
     seed: int = 0,
@@ -75,7 +75,7 @@ def sample_scored(
     demo: Demo,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    head: ValueHead | None = None,
+    head: Head | None = None,
     config: ControlConfig | None = None,
 ) -> tuple[list[list[Row]], list[float]]:
     """A row of each prompt for each seed, with the scorers' numbers in it, and the seconds that each seed took."""
@@ -98,7 +98,7 @@ def compare(demo: Demo, prompts: Sequence[str]) -> list[Result]:
     The methods take turns, so that a machine whose speed drifts does not favour one of them. Best-of-16 is made on the
     first quarter of the prompts: it costs as much as all else together.
     """
-    methods: dict[str, ValueHead | None] = {"base": None} | {HEADS[name]: demo.head(name) for name in HEADS}
+    methods: dict[str, Head | None] = {"base": None} | {HEADS[name]: demo.head(name) for name in HEADS}
     answers: dict[str, list[list[Row]]] = {name: [[] for _ in prompts] for name in methods}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     quarter = max(2, len(prompts) // 4)
@@ -136,7 +136,7 @@ def measure(
     shared: int,
     forwards: int,
     time_ratio: float,
-    head: ValueHead | None = None,
+    head: Head | None = None,
 ) -> Result:
     """One row of the table.
 

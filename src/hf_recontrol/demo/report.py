@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..control import Controller
 from ..control_config import BELT
 from ..evaluation import Gain
-from .assets import Demo
+from .assets import HEADS, Demo
 from .comparison import CONTROL, STRENGTH, Result, compare, sample
 
 WIDTH = 100
@@ -26,7 +25,7 @@ def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
     start = time.perf_counter()
     texts = demo.prompts["test"][:prompts]
     echo(f"A language model of {demo.model.num_parameters() / 1e6:.1f} million parameters goes on from the first six")
-    echo("words of sentences of film reviews. A value head steers it towards praise. Temperature 0.7, not selected:")
+    echo("words of sentences of film reviews. A control head steers it towards praise. Temperature 0.7, not selected:")
     echo("")
     show_pairs(demo, texts, echo)
     echo(f"{len(texts)} held-out prompts, temperature 1. Gains over base in its standard deviations, ± 95 % interval.")
@@ -47,7 +46,7 @@ def show(demo: Demo, prompts: int, echo: Callable[[str], None]) -> list[Result]:
 def show_pairs(demo: Demo, prompts: list[str], echo: Callable[[str], None]) -> None:
     """The first few prompts, answered without and with control from one seed; not selected."""
     plain = sample(demo.model, demo.tokenizer, prompts[:PAIRS], temperature=0.7)
-    steered = sample(demo.model, demo.tokenizer, prompts[:PAIRS], demo.head("value_head"), CONTROL, temperature=0.7)
+    steered = sample(demo.model, demo.tokenizer, prompts[:PAIRS], demo.head("control_head"), CONTROL, temperature=0.7)
     for before, after in zip(plain, steered, strict=True):
         echo(f"  {before['prompt']} …")
         for label, row in (("base", before), ("steered", after)):
@@ -60,7 +59,7 @@ def line(entries: tuple[str, ...]) -> str:
     """One line of the table: the name to the left, the figures to the right."""
     widths = [14, 14, *[12] * (len(entries) - 3)]
     figures = (f"{entry:>{width}}" for entry, width in zip(entries[1:], widths, strict=True))
-    return f"{entries[0]:17}" + "".join(figures)
+    return f"{entries[0]:18}" + "".join(figures)
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -87,13 +86,17 @@ def interval(gain: Gain) -> str:
 
 def footnotes(demo: Demo, results: list[Result]) -> list[str]:
     """What a plain baseline does, what the columns mean, and what V explains."""
-    linear, mlp = (next(result for result in results if result.name == name) for name in ("linear head", "MLP head"))
-    head = demo.head("value_head").config
-    evaluation = head.info["evaluation"]
+    by_name = {result.name: result for result in results}
+    gains = {}
+    for name, title in HEADS.items():
+        gain, kl = by_name[title].gains["judge"].mean, by_name[title].figures["kl_per_answer"]
+        gains[name] = f"{gain:+.2f} at {kl:.1f} nats an answer"
+    evaluation = demo.head("value_head").config.info["evaluation"]
     return [
-        f"The plain baseline first: the linear head, one constant vector that needs no ascent, gains "
-        f"{linear.gains['judge'].mean:+.2f} by the judge at {linear.figures['kl_per_answer']:.1f} nats an answer, the "
-        f"MLP head {mlp.gains['judge'].mean:+.2f} at {mlp.figures['kl_per_answer']:.1f}.",
+        "The plain baselines first. The constant control, one vector in closed form, gains "
+        f"{gains['constant_control']} by the judge; the control head, a small network u = f(h), "
+        f"{gains['control_head']}. Of value heads, whose gradient is followed as in the paper, the linear one (also "
+        f"one vector) gains {gains['linear_head']}, the MLP {gains['value_head']}.",
         "judge: a classifier trained on other texts than the reward, which no head has seen. reward: what the heads "
         "were trained on. perplexity: of the texts under the base model. nats/answer: KL of the steered model from the "
         "base model; for best-of-n an upper bound, log n − (n−1)/n. diversity: of the first 20 words. distinct-3: "
@@ -101,12 +104,11 @@ def footnotes(demo: Demo, results: list[Result]) -> list[str]:
         "of the answer. time: against base, sampled in turns; of best-of-n, n × base. Best-of-16 is of a quarter of "
         "the prompts, since it costs as much as all else together.",
         f"Each head was asked for the same: a strength of {STRENGTH} nats a token, and none above "
-        f"{BELT * STRENGTH:g}. For the MLP head that is {head.control.num_steps} steps of "
-        f"{Controller(demo.head('value_head'), CONTROL).step_size:.3g} at each token.",
-        f"A step of this tiny model takes {milliseconds_per_step(demo):.0f} ms, so any ascent is visible beside it.",
-        f"On {evaluation['answers']} held-out answers the MLP head explains {evaluation['explained_variance']:.1%} of "
-        "the variance of the final reward, seen from each token; the linear head "
-        f"{evaluation['explained_variance_linear']:.1%}; a constant nothing.",
+        f"{BELT * STRENGTH:g}. A step of this tiny model takes {milliseconds_per_step(demo):.0f} ms, so whatever is "
+        "done beside it shows in the time.",
+        f"On {evaluation['answers']} held-out answers the MLP value head explains "
+        f"{evaluation['explained_variance']:.1%} of the variance of the final reward, seen from each token; the linear "
+        f"one {evaluation['explained_variance_linear']:.1%}; a constant nothing.",
     ]
 
 
