@@ -78,6 +78,7 @@ def test_any_head_can_be_calibrated_from_prompts(tmp_path):
         (("generate", MODEL, "the film", "--value-head", "HEAD", "--num-steps", "2000"), "0 to 1024"),
         (("generate", MODEL, "the film", "--value-head", "HEAD", "--strength", "9"), "calibrated up to 0.4"),
         (("tune", "HEAD", "--model", MODEL), "pass --calibrate"),
+        (("demo", "--iterations", "2"), "pass --train"),
         (("tune", "HEAD", "--model", MODEL, "--calibrate"), "one of --rollouts FOLDER and --prompts FILE"),
         (("tune", "user/head", "--model", MODEL, "--calibrate", "--rollouts", "HEAD"), "pass --output"),
     ],

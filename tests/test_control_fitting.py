@@ -359,3 +359,14 @@ def test_no_answers_and_answers_of_another_model_are_refused(model, rollouts):
         fit_constant_control(Subset(rollouts, []), model)
     with pytest.raises(HeadMismatch, match="Were the rollouts written by this very model"):
         fit_constant_control(rollouts, tiny_model(seed=1))
+
+
+def test_a_dimension_that_the_lm_head_ignores_gives_a_head_that_can_be_saved(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[:, 3] = 0
+    rollouts = collect(tmp_path / "rollouts", model)
+    head = fit_constant_control(rollouts, model)
+    assert head.output_scale.isfinite().all()
+    assert abs(head(torch.zeros(16))[3].item()) < 1e-6
+    head.save_pretrained(tmp_path / "head")

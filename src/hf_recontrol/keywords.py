@@ -234,9 +234,7 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
 def _name(given: Any, head: Head) -> str:
     if not isinstance(given, Head):
         return str(os.fspath(given))
-    digest = hashlib.sha256(head.config.to_json_string().encode())
-    for tensor in head.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = hashlib.sha256((head.config.to_json_string() + head.digest()).encode())
     return f"{head.config.reward.name}-{digest.hexdigest()[:8]}"
 
 
