@@ -7,6 +7,7 @@ The environment is set before huggingface_hub is imported anywhere, because it r
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 from hub_server import HubServer
@@ -30,6 +31,7 @@ import pytest
 import torch
 
 from hf_recontrol import registry
+from hf_recontrol.cli import main
 from hf_recontrol.head_config import ValueHeadConfig
 from hf_recontrol.value_head import ValueHead
 
@@ -71,3 +73,18 @@ def nothing_registered(monkeypatch):
     """No test sees the heads of another."""
     monkeypatch.setattr(registry, "_REGISTERED", {})
     monkeypatch.setattr(registry, "_HEADS", registry._HeadCache())
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*arguments, status=0): what `hf-recontrol` prints, or its error; in this process, for speed."""
+
+    def run(*arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["hf-recontrol", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        printed, error = capsys.readouterr()
+        assert exited.value.code == status, error
+        return error if status else printed
+
+    return run

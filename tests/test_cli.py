@@ -1,4 +1,4 @@
-"""The command line, as processes: what it prints, and its exit status."""
+"""The command line: what it prints, and its exit status."""
 
 import json
 import subprocess
@@ -24,10 +24,8 @@ def test_help_names_the_commands():
     assert all(name in process.stdout for name in ("demo", "generate", "info", "tune"))
 
 
-def test_info_is_the_heads_config():
-    process = run("info", str(FOLDER / "value_head"))
-    assert process.returncode == 0, process.stderr
-    config = json.loads(process.stdout)
+def test_info_is_the_heads_config(command):
+    config = json.loads(command("info", FOLDER / "value_head"))
     assert config["kind"] == "value"
     assert config["base_model_name_or_path"] == "./language_model"
     assert (
@@ -46,27 +44,24 @@ def test_generate_steers_and_says_nothing_else():
     assert texts["plain"] != texts["steered"]
 
 
-def test_a_trace_shows_what_the_control_did_in_plain_text_without_a_terminal():
-    steer = ("--value-head", str(FOLDER / "value_head"), "--strength", "0.2", "--trace")
-    process = run("generate", MODEL, "the film is a", "--max-new-tokens", "6", "--temperature", "0", *steer)
-    assert process.returncode == 0, process.stderr
-    assert "nats" in process.stdout
-    assert "\x1b" not in process.stdout
+def test_a_trace_shows_what_the_control_did_in_plain_text_without_a_terminal(command):
+    steer = ("--value-head", FOLDER / "value_head", "--strength", "0.2", "--trace")
+    printed = command("generate", MODEL, "the film is a", "--max-new-tokens", "6", "--temperature", "0", *steer)
+    assert "nats" in printed
+    assert "\x1b" not in printed
 
 
-def test_any_head_can_be_calibrated_from_prompts(tmp_path):
+def test_any_head_can_be_calibrated_from_prompts(tmp_path, command):
     head = tiny_head(hidden_size=256, base_model_name_or_path="./language_model", base_model_type="llama")
     head.save_pretrained(tmp_path / "head")
     (tmp_path / "prompts.txt").write_text("the film is\n\na story of love\n", encoding="utf-8")
     source = ("--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "20")
-    process = run("tune", str(tmp_path / "head"), "--model", MODEL, "--calibrate", *source)
-    assert process.returncode == 0, process.stderr
+    printed = command("tune", tmp_path / "head", "--model", MODEL, "--calibrate", *source)
     control = json.loads((tmp_path / "head" / "config.json").read_text(encoding="utf-8"))["control"]
     assert [kl for kl, _ in control["calibration"]] == [0.02, 0.05, 0.1, 0.2, 0.4]
-    assert all(f"{step_size:.4g}" in process.stdout for _, step_size in control["calibration"])
+    assert all(f"{step_size:.4g}" in printed for _, step_size in control["calibration"])
     assert "0.1 nats a token" in (tmp_path / "head" / "README.md").read_text(encoding="utf-8")
-    steered = run("generate", MODEL, "the film", "--value-head", str(tmp_path / "head"), "--strength", "0.3")
-    assert steered.returncode == 0, steered.stderr
+    assert command("generate", MODEL, "the film", "--value-head", tmp_path / "head", "--strength", "0.3")
 
 
 @pytest.mark.parametrize(
@@ -83,10 +78,16 @@ def test_any_head_can_be_calibrated_from_prompts(tmp_path):
         (("tune", "user/head", "--model", MODEL, "--calibrate", "--rollouts", "HEAD"), "pass --output"),
     ],
 )
-def test_a_users_error_is_one_line_and_status_2(tmp_path, arguments, words):
+def test_a_users_error_is_one_line_and_status_2(tmp_path, command, arguments, words):
     tiny_head(hidden_size=8).save_pretrained(tmp_path)
     folders = {"OTHER": str(tmp_path), "HEAD": str(FOLDER / "value_head")}
-    process = run(*(folders.get(argument, argument) for argument in arguments))
+    error = command(*(folders.get(argument, argument) for argument in arguments), status=2).strip().splitlines()
+    assert words in error[-1]
+    assert sum(line.startswith("hf-recontrol:") for line in error) == 1
+
+
+def test_a_users_error_ends_the_process_without_a_traceback():
+    process = run("info", "no/such-folder/here")
     assert process.returncode == 2
-    assert words in process.stderr
+    assert "no/such-folder/here" in process.stderr
     assert "Traceback" not in process.stderr

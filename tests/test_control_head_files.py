@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from math import inf, nan
 
 import pytest
@@ -25,7 +24,6 @@ from hf_recontrol import (
     ValueHeadConfig,
     enable_recontrol,
 )
-from hf_recontrol.cli import main
 from hf_recontrol.demo.assets import FOLDER
 from hf_recontrol.head_config import MAX_PARAMETERS, HeadConfig
 
@@ -378,21 +376,6 @@ def test_the_card_of_a_value_head_says_what_it_always_did():
 
 
 # The command line, in this process
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(*arguments, status=0): what `hf-recontrol` prints, or its error."""
-
-    def run(*arguments, status=0):
-        monkeypatch.setattr(sys, "argv", ["hf-recontrol", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            main()
-        printed, error = capsys.readouterr()
-        assert exited.value.code == status, error
-        return error if status else printed
-
-    return run
 
 
 @pytest.fixture
