@@ -48,6 +48,8 @@ def demo(
     prompts: Annotated[int, typer.Option(min=10, max=400, help="Prompts of the table; fewer is faster.")] = 400,
 ) -> None:
     """A tiny language model of film reviews with and without control: a few texts, and a table. No network."""
+    if not train and (output is not None or iterations > 1):
+        raise ValueError("--output and --iterations are for heads that are made anew: pass --train too.")
     import torch
 
     from .demo.assets import Demo
@@ -55,8 +57,6 @@ def demo(
 
     if "OMP_NUM_THREADS" not in os.environ:  # torch's default leaves out hyper-threads, which help a model this small
         torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
-    if not train and (output is not None or iterations > 1):
-        raise ValueError("--output and --iterations are for heads that are made anew: pass --train too.")
     if not train:
         show(Demo(), prompts, typer.echo)
         return
