@@ -151,17 +151,18 @@ def test_a_constant_control_adds_lm_head_of_u_to_the_logits(model):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_scale_of_zero_and_a_fresh_head_give_the_stock_models_logits_bit_for_bit(model, shape):
+def test_a_scale_of_zero_gives_the_stock_models_logits_bit_for_bit_and_a_fresh_head_is_refused(model, shape):
     fresh = ControlHead(ControlHeadConfig(hidden_size=16, **CONTROL_SHAPES[shape]))
+    for given in (fresh, {fresh: -2.0}):
+        with pytest.raises(ValueError, match="0 everywhere, as one that was just made"):
+            model.generate(**prompts(), **GREEDY, recontrol_value_head=given)
     stock = tiny_model().generate(**prompts(), **GREEDY, **LOGITS)
     for steer in (
         {"recontrol_value_head": made(shape), "recontrol_scale": 0},
         {"recontrol_value_head": made(shape), "recontrol_scale": 0.0, "recontrol_max_kl": 0.1},
-        {"recontrol_value_head": fresh},
-        {"recontrol_value_head": {fresh: -2.0}, "recontrol_max_kl": 0.1},
     ):
         actual = model.generate(**prompts(), **GREEDY, **LOGITS, **steer)
-        torch.testing.assert_close(actual.logits, stock.logits, rtol=0, atol=1e-6 if "recontrol_max_kl" in steer else 0)
+        torch.testing.assert_close(actual.logits, stock.logits, rtol=0, atol=0)
 
 
 def test_heads_of_both_kinds_steer_together_by_folder_by_name_and_as_objects(model, tmp_path):

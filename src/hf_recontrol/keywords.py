@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from .config_checks import shown
 from .control import Controller
 from .control_config import ControlConfig, as_float, is_known
+from .control_head import ControlHead
 from .errors import HeadMismatch
 from .head import Head
 from .hooks import lm_head, model_name
@@ -119,6 +120,11 @@ class RecontrolKeywords:
             return Request()
         for head in heads:
             check_base_model(head, model, strict=bool(flags["strict"]))
+            if isinstance(head, ControlHead) and head.is_zero():
+                raise ValueError(
+                    "The control head is 0 everywhere, as one that was just made, so nothing would be steered. Train "
+                    "it, see RecontrolTrainer and train_control; for plain text pass recontrol_value_head=False."
+                )
         return Request(Controller(heads, control), bool(flags["trace"]))
 
     def _control(self) -> ControlConfig:
