@@ -133,7 +133,7 @@ def test_the_sweep_can_fail(monkeypatch):
 
     leaky.__code__ = leaky.__code__.replace(co_name="run_live")
     kept, leaks = [], 0
-    for first in range(1, 60):
+    for first in range(1, 100):
         kept.append(interrupted_run(first, 0, leaky)[1])
         leaks += live_call() is not None
         hooks._THREAD.live = None

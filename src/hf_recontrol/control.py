@@ -2,16 +2,18 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .ascent import Steps, ascend, gram_matrix, state_of, within
 from .config_checks import shown
 from .control_config import ControlConfig, as_float, multiplier_for, step_size_for
 from .control_head import ControlHead
+from .cuda_graph import CudaGraphs
 from .head import Head
 from .value_head import ValueHead
 
@@ -67,10 +69,14 @@ class Controller:
         self.step_size = sum(alphas) / len(alphas) if alphas else 0.0
         """α; with a strength, the mean over the value heads."""
         self._values = [(one, weight * alpha) for (one, weight), alpha in zip(values.items(), alphas, strict=True)]
+        self._climbs = len(values) > 0 and self.num_steps > 0
         controls = {one: weight for one, weight in heads.items() if isinstance(one, ControlHead)}
         self._controls = [(one, weight * self._scale(one)) for one, weight in controls.items()]
-        self._shrinking = 1 - 2 * self.step_size * float(config.regularization or 0.0)
+        pull = 2 * self.step_size * float(config.regularization or 0.0)
+        self._shrinking = 1 - pull if pull else None
         self._on_device: dict[tuple[Head, torch.device], Head] = {}
+        self._gram_matrices: dict[torch.device, Tensor] = {}
+        self._graphs = CudaGraphs()
 
     def _step_size(self, head: ValueHead) -> float:
         if self.config.strength is None:
@@ -143,21 +149,48 @@ class Controller:
         Returns:
             (..., hidden_size) in the heads' dtype.
         """
+        if self._climbs and CudaGraphs.can_take(hidden_states):
+            (u,) = self._graphs(lambda h: (self._control(h),), (hidden_states,), self._state(hidden_states.device))
+            return u
+        return self._control(hidden_states)
+
+    def _control(self, hidden_states: Tensor) -> Tensor:
         values, controls = self._on(hidden_states.device, self._values), self._on(hidden_states.device, self._controls)
         h = hidden_states.to(self.heads[0].dtype)
         with torch.autocast(h.device.type, enabled=False):  # α = 1e-3 moves nothing in bfloat16
             cap = self.config.max_relative_norm
             limit = None if cap in (None, math.inf) else cap * h.norm(dim=-1, keepdim=True)
-            u = torch.zeros_like(h)
-            for head, factor in controls:
-                u = u + factor * head(h)
-            u = _within(u, limit)
-            linear = all(head.config.num_hidden_layers == 0 for head, _ in values) and (limit is None or not controls)
-            if linear and values and self._shrinking == 1 and self.config.target_value is None:
-                return _within(u + self.num_steps * self._push(values, h), limit)  # ∇V is one constant vector
-            for _ in range(self.num_steps if values else 0):
-                u = _within(self._shrinking * u + self._push(values, h + u), limit)
-            return u
+            start = None
+            if controls:
+                start = within(sum(factor * head(h) for head, factor in controls), limit)
+            if not self._climbs:
+                return torch.zeros_like(h) if start is None else start
+            steps = Steps(self.num_steps, self._shrinking, limit, self._target())
+            return ascend(values, h, start, steps, lambda: self._gram(values))
+
+    def _state(self, device: torch.device) -> Hashable:
+        """Changes when a tensor that the control reads has been replaced or written."""
+        heads = [head for head, _ in (*self._on(device, self._values), *self._on(device, self._controls))]
+        return tuple(state_of(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers()))
+
+    def prepare(self, device: torch.device) -> None:
+        """Make beforehand what the control keeps on a device, where a traced graph finds it."""
+        if self._values and device not in self._gram_matrices:
+            self.control(torch.zeros(1, self.heads[0].config.hidden_size, device=device))
+
+    def _gram(self, heads: list[tuple[ValueHead, float]]) -> Tensor | None:
+        device = heads[0][0].input_std.device
+        if not torch.compiler.is_compiling():
+            first_use = device not in self._gram_matrices
+            self._gram_matrices[device] = gram_matrix([head for head, _ in heads], closely=first_use)
+        return self._gram_matrices.get(device)
+
+    def _target(self) -> float | None:
+        """The target value in standard deviations of the reward, as the head returns it."""
+        if self.config.target_value is None or not self._values:
+            return None
+        scale = self._values[0][0].config.reward
+        return (self.config.target_value - scale.mean) / scale.std
 
     @torch.no_grad()
     def values(self, hidden_states: Tensor) -> Tensor:
@@ -173,18 +206,6 @@ class Controller:
         )
         return values
 
-    def _push(self, heads: list[tuple[ValueHead, float]], h: Tensor) -> Tensor:
-        """Σ wᵢ αᵢ ∇Vᵢ(h), and with a target value the share of it that leads there."""
-        push: Tensor = sum(factor * head.gradient(h) for head, factor in heads)  # type: ignore[assignment]
-        if self.config.target_value is None:
-            return push
-        head = heads[0][0]
-        scale = head.config.reward
-        gap = (self.config.target_value - scale.mean) / scale.std - head(h).unsqueeze(-1)
-        gain = push.square().sum(-1, keepdim=True) / self.step_size  # of V, by the whole step, to first order
-        share: Tensor = (gap / gain).nan_to_num(0.0).clamp(-1.0, 1.0)  # 0/0: V is flat, and at its target
-        return share * push
-
     def _on(self, device: torch.device, heads: list[tuple[H, float]]) -> list[tuple[H, float]]:
         """The heads, on that device."""
         # The LM head may be on any device, or on several in turn (accelerate's offload): one copy for each.
@@ -196,16 +217,6 @@ class Controller:
                 head = self._on_device[head, device]  # type: ignore[assignment]
             found.append((head, factor))
         return found
-
-
-def _within(u: Tensor, limit: Tensor | None) -> Tensor:
-    """u, cut to the norm `limit`, (..., 1)."""
-    if limit is None:
-        return u
-    peak = u.abs().amax(-1, keepdim=True)
-    unit = u / peak  # the square of a huge u would be infinite
-    norm = unit.norm(dim=-1, keepdim=True)
-    return torch.where(norm * peak > limit, unit * (limit / norm), u)  # u = 0 has no unit, and stays
 
 
 def _weighted(head: Head | Mapping[Head, float]) -> dict[Head, float]:

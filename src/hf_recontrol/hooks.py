@@ -6,6 +6,7 @@ model mix, and a graph compiled before ignores them), a ContextVar (Dynamo canno
 gone when it runs).
 """
 
+import functools
 import os
 import threading
 import weakref
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .cuda_graph import CudaGraphs
 from .errors import SteeringNotApplied
 from .kl_bound import bounded
 
@@ -24,7 +26,8 @@ R = TypeVar("R")
 
 
 class _Thread(threading.local):
-    live: "weakref.ref[_Live] | None" = None  # of the innermost generate() of this thread
+    def __init__(self) -> None:  # in each thread; of torch 2.11 Dynamo would take a class attribute for its value
+        self.live: weakref.ref[_Live] | None = None  # of the innermost generate() of this thread
 
 
 _THREAD = _Thread()
@@ -92,6 +95,7 @@ class Call:
         # The base rows go through the LM head before the edited ones, so that soft-caps, scales and biases, which the
         # model may apply after it, are in both: a KL measured before them is wrong for about 50 architectures.
         self.doubled = edit is not None and (max_kl is not None or (recorder is not None and recorder.wants_logits))
+        self._graphs = CudaGraphs()
         self.unsound: Tensor | None = None  # rows left unedited because they were not finite; int64 ()
         self.inside = False  # between the forward's pre-hook and its hook
         self.fired = False  # the LM head was reached in this forward
@@ -116,7 +120,9 @@ class Call:
         base, edited = logits.chunk(2)
         scale = None
         if self.max_kl is not None:
-            edited, scale = bounded(base, edited, self.max_kl)
+            bound = functools.partial(bounded, max_kl=self.max_kl)
+            take = self._graphs.can_take(base)
+            edited, scale = self._graphs(bound, (base, edited)) if take else bound(base, edited)
             self._count(scale == 0)  # the edit overflowed in the logits
         if self.recorder is not None:
             self.recorder.after_forward(base, edited, scale)

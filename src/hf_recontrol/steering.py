@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .control import Controller
 from .errors import SteeringNotApplied
-from .hooks import Call, Recorder, install, live_call, lm_head_owner, run_live
+from .hooks import Call, Recorder, install, live_call, lm_head, lm_head_owner, run_live
 from .keywords import RecontrolKeywords, Request, said_by
 from .trace import Trace, TraceRecorder
 
@@ -117,6 +117,9 @@ def call_for(model: PreTrainedModel, controller: Controller | None, recorder: Re
     owner = lm_head_owner(model)
     if controller is None or controller.is_identity:
         return Call(None, recorder, owner)
+    weight = next(lm_head(model).parameters(), None)
+    if weight is not None and not weight.is_meta:  # on meta while it is offloaded; then nothing is traced
+        controller.prepare(weight.device)
     return Call(controller.edit, recorder, owner, controller.max_kl)
 
 
