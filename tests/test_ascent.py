@@ -121,6 +121,19 @@ def test_heads_of_several_depths_and_widths_are_one(path, options, per_row):
     torch.testing.assert_close(path(heads, h, steps), row_by_row(heads, h, steps), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layers", [[0], [0, 0], [1], [1, 2]], ids=str)
+def test_the_path_that_is_chosen_is_autograds_with_settings_for_each_row(layers, options):
+    if "target" in OPTIONS[options] and len(layers) > 1:
+        pytest.skip("a target is of one head")
+    h = torch.randn(8, 16, dtype=torch.float64)
+    factor = torch.linspace(0.1, 1.5, 8, dtype=h.dtype)[:, None]
+    heads = [(tiny_head(i, num_hidden_layers=n).double(), factor / (i + 1)) for i, n in enumerate(layers)]
+    steps = Steps(9, **options_of(options, h, per_row=True))
+    actual = ascend(heads, h, None, steps, lambda: gram_matrix([head for head, _ in heads]))
+    torch.testing.assert_close(actual, row_by_row(heads, h, steps), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("options", ["plain", "penalty", "limit", "target"])
 def test_an_ascent_may_start_anywhere(options):
     """As it does behind a control head."""
@@ -181,10 +194,11 @@ def test_float32_is_as_near_to_float64_as_autograd_is(path, num_steps):
     assert errors.max() <= 5e-3
 
 
-@pytest.mark.parametrize("shape", [(1, "relu"), (1, "silu"), (2, "relu")], ids=str)
+@pytest.mark.parametrize("shape", [(1, "relu", 24), (1, "relu", 600), (1, "silu", 24), (2, "relu", 24)], ids=str)
 def test_greedy_text_is_that_of_the_path_by_autograd(shape, monkeypatch):
-    layers, activation = shape
-    model, head = enable_recontrol(tiny_model()), tiny_head(num_hidden_layers=layers, hidden_act=activation)
+    layers, activation, width = shape
+    model = enable_recontrol(tiny_model())
+    head = tiny_head(num_hidden_layers=layers, hidden_act=activation, intermediate_size=width)
     steer = {"recontrol_value_head": head, "recontrol_step_size": 0.5, "recontrol_num_steps": 30}
     greedy = {"do_sample": False, "max_new_tokens": 24, **prompts(rows=16)}
     actual = model.generate(**greedy, **steer).tolist()
@@ -205,7 +219,8 @@ def no_gram():
     [({}, 1), ({"num_hidden_layers": 0}, 9), ({"intermediate_size": 33, "hidden_act": "gelu"}, 9)],
     ids=["one step", "linear", "wide and smooth"],
 )
-def test_no_gram_matrix_is_made_where_it_would_not_pay(config, num_steps):
+def test_no_gram_matrix_is_made_where_it_would_not_pay(config, num_steps, monkeypatch):
+    monkeypatch.setattr(ascent_module, "FEW_ROWS", 24)
     head, h = tiny_head(**config), torch.randn(3, 16)
     u = ascend([(head, 0.3)], h, None, Steps(num_steps), no_gram)
     torch.testing.assert_close(u, control_by_autograd(head, h, 0.3, num_steps))
@@ -222,7 +237,7 @@ def test_a_gram_matrix_beyond_the_budget_is_not_made(monkeypatch):
     assert made
 
 
-@pytest.mark.parametrize("config", [{"hidden_act": "gelu"}, {"num_hidden_layers": 2}, {"intermediate_size": 100}])
+@pytest.mark.parametrize("config", [{"hidden_act": "gelu"}, {"num_hidden_layers": 2}, {"intermediate_size": 600}])
 def test_the_gram_matrix_is_used_where_it_pays(config):
     asked = []
     ascend([(tiny_head(**config), 0.3)], torch.randn(3, 16), None, Steps(9), lambda: asked.append(1))

@@ -25,6 +25,8 @@ Weighted = Sequence[tuple[ValueHead, float | Tensor]]
 
 GRAM_BYTES = 2**30
 """No Gram matrix is larger: 16,384 rows of W₁ in float32."""
+FEW_ROWS = 512
+"""Of W₁: up to there the whole of sG takes a CPU no longer than to look for the columns that matter."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def ascend(heads: Weighted, h: Tensor, start: Tensor | None, steps: Steps, gram:
     base = h if start is None else h + start
     if _is_constant(heads, steps):
         n = steps.num_steps if steps.own_num_steps is None else steps.own_num_steps
-        u = within(n * _push(heads, base), steps.limit)
+        push: Tensor = sum(factor * head.first_weight[0] / head.input_std for head, factor in heads)  # type: ignore[assignment]
+        u = within((n * push).expand_as(h), steps.limit)
     elif (product := _product(heads, h, steps, gram)) is not None:
         u = within(in_z(heads, base, steps, product), steps.limit)
     else:
@@ -102,8 +105,10 @@ def _product(
     """s ↦ sG in the cheapest way; None where the path in h is cheaper, or G too large."""
     rows = sum(len(head.first_weight) for head, _ in heads)
     # Which gates flipped must be known on the host: of an accelerator that would be a wait at each step.
-    flips = h.device.type == "cpu" and not torch.compiler.is_compiling() and all(_is_gated(head) for head, _ in heads)
-    if steps.num_steps == 1 or rows**2 * h.element_size() > GRAM_BYTES or (not flips and rows > 2 * h.shape[-1]):
+    on_host = h.device.type == "cpu" and not torch.compiler.is_compiling()
+    flips = on_host and rows >= FEW_ROWS and all(_is_gated(head) for head, _ in heads)
+    pays = flips or rows <= max(2 * h.shape[-1], FEW_ROWS)  # sG reads rows² numbers, a step in h 2 · rows · hidden_size
+    if steps.num_steps == 1 or not pays or rows**2 * h.element_size() > GRAM_BYTES:
         return None
     matrix = gram()
     if matrix is None:
