@@ -36,7 +36,8 @@ class Controller:
 
     Args:
         head: a ValueHead or ControlHead, never written; or several, {head: weight}, where a negative weight steers
-            away. On a head's own device its weights are read at each call; for another device they are copied once.
+            away. On a head's own device its weights are read at each call (a change through `weight.data`, which leaves
+            no sign, by the next Controller); for another device they are copied once.
         config: how hard; the heads' own where None. Its max_kl takes the language model too, so generate() and
             forward_steered obey it, and a Controller alone does not.
 
@@ -173,10 +174,11 @@ class Controller:
         heads = [head for head, _ in (*self._on(device, self._values), *self._on(device, self._controls))]
         return tuple(state_of(tensor) for head in heads for tensor in (*head.parameters(), *head.buffers()))
 
+    @torch.no_grad()
     def prepare(self, device: torch.device) -> None:
         """Make beforehand what the control keeps on a device, where a traced graph finds it."""
-        if self._values and device not in self._gram_matrices:
-            self.control(torch.zeros(1, self.heads[0].config.hidden_size, device=device))
+        if self._climbs and device not in self._gram_matrices:
+            self._control(torch.zeros(1, self.heads[0].config.hidden_size, device=device))
 
     def _gram(self, heads: list[tuple[ValueHead, float]]) -> Tensor | None:
         device = heads[0][0].input_std.device
