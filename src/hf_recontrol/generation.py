@@ -7,7 +7,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .hooks import install, lm_head, uninstall
 from .keywords import set_defaults
-from .steering import check_forward, steered_generate, steered_generate_batch, steered_manager
+from .steering import check_forward, note_tokens, steered_generate, steered_generate_batch, steered_manager
 
 
 class RecontrolGenerationMixin:
@@ -15,6 +15,12 @@ class RecontrolGenerationMixin:
 
     For a model that exists, use `enable_recontrol(model)`.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = getattr(cls, "prepare_inputs_for_generation", None)
+        if stock is not None:  # its signature says which keywords the model takes, so it is wrapped class by class
+            cls.prepare_inputs_for_generation = _noting(stock)  # type: ignore[attr-defined]
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +62,17 @@ class RecontrolGenerationMixin:
         stock = type(self).__dict__.get("_recontrol_stock_class")
         reduced = super().__reduce_ex__(protocol)
         return reduced if stock is None else (_new_enabled, (stock,), *reduced[2:])
+
+
+def _noting(stock: Any) -> Any:
+    """prepare_inputs_for_generation, which every decoding loop calls before each forward with all tokens so far."""
+
+    @functools.wraps(stock)
+    def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        note_tokens(input_ids)
+        return stock(self, input_ids, *args, **kwargs)
+
+    return prepare_inputs_for_generation
 
 
 @functools.cache
@@ -154,8 +171,14 @@ _PATCHED: dict[str, Any] = {}
 def _patch_generation_mixin() -> None:
     if _PATCHED:
         return
-    names = ("generate", "generate_batch", "init_continuous_batching", "_update_model_kwargs_for_generation")
-    generate, generate_batch, manager, update = (
+    names = (
+        "generate",
+        "generate_batch",
+        "init_continuous_batching",
+        "_update_model_kwargs_for_generation",
+        "prepare_inputs_for_generation",
+    )
+    generate, generate_batch, manager, update, prepare = (
         _PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names
     )
 
@@ -187,3 +210,4 @@ def _patch_generation_mixin() -> None:
     GenerationMixin.generate_batch = patched_generate_batch  # type: ignore[method-assign]
     GenerationMixin.init_continuous_batching = patched_manager  # type: ignore[method-assign]
     GenerationMixin._update_model_kwargs_for_generation = patched_update  # type: ignore[method-assign]
+    GenerationMixin.prepare_inputs_for_generation = _noting(prepare)  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .cuda_graph import CudaGraphs
 from .errors import SteeringNotApplied
 from .kl_bound import bounded
+from .start import Start
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,7 +79,8 @@ class Call:
         recorder: is shown the LM head's input before and after the edit, at each forward.
         owner: the module whose forwards are meant, see `lm_head_owner`. Another model's, run in between by a logits
             processor, say, stay plain.
-        max_kl: no token's KL above it, in nats; None is no bound.
+        max_kl: no token's KL above it, in nats; or from logits to the bound of each row, (..., 1); None is no bound.
+        start: which rows are edited yet; None is all.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Call:
         edit: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         recorder: "Recorder | None" = None,
         owner: nn.Module | None = None,
-        max_kl: float | None = None,
+        max_kl: float | Callable[[Tensor], Tensor] | None = None,
+        start: Start | None = None,
     ):
         self.owner = owner
+        self.start = start
         self.edit = edit
         self.recorder = recorder
         self.max_kl = max_kl
@@ -111,6 +115,8 @@ class Call:
         else:
             edited, sound = self.edit(hidden_states)
             self._count(~sound)
+            if self.start is not None:
+                edited = self.start.applied(edited, hidden_states)
         if self.recorder is not None:
             self.recorder.at_head(hidden_states, edited, sound)
         return torch.cat([hidden_states, edited]) if self.doubled else edited
@@ -120,9 +126,12 @@ class Call:
         base, edited = logits.chunk(2)
         scale = None
         if self.max_kl is not None:
-            bound = functools.partial(bounded, max_kl=self.max_kl)
-            take = self._graphs.can_take(base)
-            edited, scale = self._graphs(bound, (base, edited)) if take else bound(base, edited)
+            if callable(self.max_kl):
+                edited, scale = bounded(base, edited, self.max_kl(base))
+            elif self._graphs.can_take(base):
+                edited, scale = self._graphs(functools.partial(bounded, max_kl=self.max_kl), (base, edited))
+            else:
+                edited, scale = bounded(base, edited, self.max_kl)
             self._count(scale == 0)  # the edit overflowed in the logits
         if self.recorder is not None:
             self.recorder.after_forward(base, edited, scale)
@@ -139,7 +148,10 @@ class Call:
         An exception inside a traced hook would surface as Dynamo's, and in a server's loop it would end all requests.
         """
         self._require(self.steered)
+        self._require_start(self.start is None or self.start.noted)
         self.steered = False
+        if self.start is not None:
+            self.start.noted = False
         if self.recorder is not None:
             self.recorder.step()
 
@@ -150,6 +162,7 @@ class Call:
                 "The live control was lost during generate(). No text was returned; please report how."
             )
         self._require(self.ever)
+        self._require_start(self.start is None or self.start.begun is not None)
 
     def _require(self, steered: bool) -> None:
         if self.missed is not None:
@@ -162,6 +175,13 @@ class Call:
             raise SteeringNotApplied(
                 "A forward pass went by our hooks. No text was returned. Was the model wrapped, compiled or replaced "
                 "after enable_recontrol()? Call enable_recontrol() on the model that runs."
+            )
+
+    def _require_start(self, noted: bool) -> None:
+        if not noted:
+            raise SteeringNotApplied(
+                "This model or decoding mode goes by prepare_inputs_for_generation(), so which tokens are new is not "
+                "known. No text was returned. Leave recontrol_start and recontrol_start_token_id out."
             )
 
 

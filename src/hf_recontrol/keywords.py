@@ -5,8 +5,9 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,17 +20,22 @@ from .errors import HeadMismatch
 from .head import Head
 from .hooks import lm_head, model_name
 from .registry import as_head, register_value_heads, registered_head
+from .row_control import RowController
+from .start import Start
 
 CONTROL = [field.name for field in fields(ControlConfig)]
-IN_A_CONFIG = ["value_head", *CONTROL, "strict", "trace"]
+FLAGS = ["strict", "trace", "start", "start_token_id"]
+IN_A_CONFIG = ["value_head", *CONTROL, *FLAGS]
 HeadReference = str | os.PathLike[str] | Head
+Heads = HeadReference | Mapping[HeadReference, float] | bool | None
 
 
 class Request(NamedTuple):
     """What one generate() is to do."""
 
-    controller: Controller | None = None
+    controller: Controller | RowController | None = None
     trace: bool = False
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -39,10 +45,10 @@ class RecontrolKeywords:
     What is None is taken from the generation config that is given, then from the model's, then from the head.
     """
 
-    value_head: HeadReference | Mapping[HeadReference, float] | bool | None = None
+    value_head: Heads | Sequence[Heads] = None
     """The head, of either kind: an id on the Hub, "id@revision", a folder (which wins over an id of the same name), a
     ValueHead or a ControlHead; or several, each with its weight. False is none: stock generate(), whatever else is
-    said."""
+    said. A list has one of these for each prompt of the batch, and None for a plain one."""
     step_size: float | None = None
     """α of a value head, ≥ 0; 0 is no control, bit for bit. Not together with strength."""
     num_steps: int | None = None
@@ -71,6 +77,11 @@ class RecontrolKeywords:
     trace: bool | None = None
     """Whether the output, with return_dict_in_generate, has a `recontrol_trace`: see Trace. Greedy decoding and
     sampling only; costs a second row through the LM head."""
+    start: int | None = None
+    """So many new tokens of each answer stay plain, ≥ 0; 0 where None: the control begins with the first."""
+    start_token_id: int | Sequence[int] | None = None
+    """A token, or several: each answer stays plain until one of them has been generated, the end of a thinking section,
+    say. One in the prompt does not count. Where None, the control does not wait."""
 
     @classmethod
     def pop(cls, kwargs: dict[str, Any]) -> "RecontrolKeywords":
@@ -93,9 +104,11 @@ class RecontrolKeywords:
         """
         if self.value_head is False:
             return Request()
+        if isinstance(self.value_head, list | tuple):
+            return self._row_request(self.value_head, model, given_config, own_config)
         if getattr(given_config, "is_assistant", False) and self == RecontrolKeywords():
             return Request()  # drafts are made with a copy of the target's config: they are plain, the target decides
-        control, flags = self._control(), {"strict": self.strict, "trace": self.trace}
+        control, flags = self._control(), {name: getattr(self, name) for name in FLAGS}
         heads = None if self.value_head is None else self._heads()
         own_config = model.generation_config if own_config is None else own_config
         for where, config in (("given", given_config), ("model's", own_config)):
@@ -125,7 +138,27 @@ class RecontrolKeywords:
                     "The control head is 0 everywhere, as one that was just made, so nothing would be steered. Train "
                     "it, see RecontrolTrainer and train_control; for plain text pass recontrol_value_head=False."
                 )
-        return Request(Controller(heads, control), bool(flags["trace"]))
+        return Request(Controller(heads, control), bool(flags["trace"]), _start(flags))
+
+    def _row_request(
+        self, heads: Sequence[Heads], model: PreTrainedModel, given_config: Any, own_config: Any
+    ) -> Request:
+        """A head for each prompt."""
+        if self.revision is not None or not heads:
+            raise ValueError(
+                f"recontrol_value_head is a list of {len(heads)}; give one head, or None, for each prompt of the batch. "
+                'recontrol_revision is for one head: write "id@revision".'
+            )
+        requests: dict[Any, Request] = {}
+        for named in heads:
+            key = _key(named)
+            if key is not None and key not in requests:
+                requests[key] = replace(self, value_head=named).request(model, given_config, own_config)
+        if any(request.trace for request in requests.values()):
+            raise ValueError("recontrol_trace is for one head, or several with weights, not for a list of heads.")
+        controllers: list[Any] = [None if _key(named) is None else requests[_key(named)].controller for named in heads]
+        start = next((request.start for request in requests.values()), None)
+        return Request(RowController(controllers), start=start)
 
     def _control(self) -> ControlConfig:
         """The keywords and `config` together."""
@@ -158,6 +191,13 @@ class RecontrolKeywords:
         return _summed((as_head(head), weight) for head, weight in given.items())
 
 
+def _key(named: Heads) -> Any:
+    """Equal for what means the same head in a list; None for a plain row."""
+    if named is None or named is False:
+        return None
+    return tuple(named.items()) if isinstance(named, Mapping) else named
+
+
 def _summed(pairs: Any) -> dict[Any, float]:
     """The heads with their weights, those of one head (two names may mean one) added up."""
     heads: dict[Any, float] = {}
@@ -169,9 +209,25 @@ def _summed(pairs: Any) -> dict[Any, float]:
 
 
 def _check_flags(flags: Mapping[str, Any]) -> None:
-    for name, flag in flags.items():
-        if flag is not None and type(flag) is not bool:
-            raise ValueError(f"recontrol_{name} is {shown(flag)}; it must be True or False.")
+    for name in ("strict", "trace"):
+        if flags.get(name) is not None and type(flags[name]) is not bool:
+            raise ValueError(f"recontrol_{name} is {shown(flags[name])}; it must be True or False.")
+    _start(flags)
+
+
+def _start(flags: Mapping[str, Any]) -> Start | None:
+    """When steering begins, where that is not at once."""
+    first, ids = flags.get("start"), flags.get("start_token_id")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, Integral) or first < 0):
+        raise ValueError(f"recontrol_start is {shown(first)}; it must be a number of tokens, an integer ≥ 0.")
+    ids = [] if ids is None else list(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+    wrong = [one for one in ids if isinstance(one, bool) or not isinstance(one, Integral) or one < 0]
+    if wrong or (flags.get("start_token_id") is not None and not ids):
+        raise ValueError(
+            f"recontrol_start_token_id is {shown(flags['start_token_id'])}; it must be a token's id or several, "
+            'integers ≥ 0: tokenizer.convert_tokens_to_ids("</think>"), say.'
+        )
+    return Start(int(first or 0), [int(one) for one in ids]) if first or ids else None
 
 
 def _known(values: Mapping[str, Any], known: list[str], where: str) -> dict[str, Any]:
@@ -227,7 +283,7 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
         said["value_head"] = named if isinstance(value_head, Mapping) else names[value_head]
     else:
         ControlConfig(**{name: value for name, value in said.items() if name in CONTROL})
-        _check_flags({name: said.get(name) for name in ("strict", "trace")})
+        _check_flags(said)
     config = model.generation_config
     for name in [name for name in vars(config) if name.startswith("recontrol_")]:
         delattr(config, name)

@@ -10,7 +10,7 @@ TOLERANCE = 3e-4  # of log KL, which is 1.5e-4 of log s where KL grows with its 
 ELEMENTS_AT_ONCE = 2**17  # logits that fit the cache of a CPU core: about 2 ms a row of 128k
 
 
-def bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
+def bounded(base: Tensor, edited: Tensor, max_kl: float | Tensor) -> tuple[Tensor, Tensor]:
     """Logits of p ∝ p_base^(1−s) · p_edited^s, with the largest s ≤ 1 for which KL(p ‖ p_base) ≤ max_kl at each row.
 
     KL(s) = ∫₀ˢ t Var_t(δ) dt, with δ = edited − base, grows with s. Var ≤ range(δ)²/4 gives KL(s) ≤ (s range)²/8: so
@@ -21,7 +21,7 @@ def bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor
     Args:
         base: float (..., vocabulary). −inf forbids a token.
         edited: the same shape.
-        max_kl: nats, > 0. In float32 a row's KL is at most 1e-4 above it.
+        max_kl: nats, > 0; or of each row its own, (..., 1). In float32 a row's KL is at most 1e-4 above it.
 
     Returns:
         The logits, (..., vocabulary), in float32 (float64 for float64): rounding them to bfloat16 would exceed the
@@ -32,13 +32,15 @@ def bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor
         return _bounded(base.to(wide), edited.to(wide), max_kl)
     rows, vocabulary = base.shape[:-1], base.shape[-1]
     at_once = max(1, (ELEMENTS_AT_ONCE if base.device.type == "cpu" else 2**24) // vocabulary)
-    pairs = zip(base.reshape(-1, vocabulary).split(at_once), edited.reshape(-1, vocabulary).split(at_once), strict=True)
-    parts = [_bounded(one.to(wide), other.to(wide), max_kl) for one, other in pairs]
+    chunks = [logits.reshape(-1, vocabulary).split(at_once) for logits in (base, edited)]
+    count = len(chunks[0])
+    limits = max_kl.reshape(-1, 1).split(at_once) if isinstance(max_kl, Tensor) else [max_kl] * count
+    parts = [_bounded(one.to(wide), other.to(wide), limit) for one, other, limit in zip(*chunks, limits, strict=True)]
     logits, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return logits.reshape(*rows, vocabulary), scale.reshape(*rows, 1)
 
 
-def _bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tensor]:
+def _bounded(base: Tensor, edited: Tensor, max_kl: float | Tensor) -> tuple[Tensor, Tensor]:
     # Asking for a number would wait for an accelerator, and cannot be traced.
     on_host = base.device.type == "cpu" and not torch.compiler.is_compiling()
     finite = None
@@ -56,7 +58,7 @@ def _bounded(base: Tensor, edited: Tensor, max_kl: float) -> tuple[Tensor, Tenso
     return merged if finite is None else torch.where(finite & (scale > 0), merged, base), scale
 
 
-def _share(base: Tensor, delta: Tensor, max_kl: float, *, on_host: bool) -> Tensor:
+def _share(base: Tensor, delta: Tensor, max_kl: float | Tensor, *, on_host: bool) -> Tensor:
     """s of each row, (..., 1), of finite logits and δ."""
     log_p = torch.log_softmax(base, -1)
     # a constant in δ changes nothing, and centred under p less is lost to rounding
@@ -71,7 +73,9 @@ def _share(base: Tensor, delta: Tensor, max_kl: float, *, on_host: bool) -> Tens
     return torch.where(whole, 1.0, low.exp())
 
 
-def _largest(log_p: Tensor, delta: Tensor, max_kl: float, low: Tensor, most: Tensor, *, on_host: bool) -> Tensor:
+def _largest(
+    log_p: Tensor, delta: Tensor, max_kl: float | Tensor, low: Tensor, most: Tensor, *, on_host: bool
+) -> Tensor:
     """log s of the largest s between `low` and 0; `most` is the KL at s = 1, (..., 1).
 
     By bisection. On the host two steps of three go by false position (the Illinois rule) and it ends early: log KL is
@@ -99,7 +103,7 @@ def _largest(log_p: Tensor, delta: Tensor, max_kl: float, low: Tensor, most: Ten
     return low
 
 
-def _miss(kl: Tensor, max_kl: float) -> Tensor:
+def _miss(kl: Tensor, max_kl: float | Tensor) -> Tensor:
     """log KL less where it should be, half the tolerance below the bound."""
     return (kl / max_kl).clamp_min(1e-30).log() + TOLERANCE / 2
 

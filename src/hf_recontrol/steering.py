@@ -16,6 +16,8 @@ from .control import Controller
 from .errors import SteeringNotApplied
 from .hooks import Call, Recorder, install, live_call, lm_head, lm_head_owner, run_live
 from .keywords import RecontrolKeywords, Request, said_by
+from .row_control import RowController
+from .start import Start
 from .trace import Trace, TraceRecorder
 
 ONE_FORWARD_A_TOKEN: dict[str, tuple[Any, ...]] = {
@@ -28,6 +30,8 @@ ONE_FORWARD_A_TOKEN: dict[str, tuple[Any, ...]] = {
     "use_mtp": (None, False),
 }
 """Settings of generate() and their values under which each forward makes one token of each row."""
+PROMPTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "decoder_input_ids")
+"""Keywords of generate() with one row for each prompt."""
 
 
 def steered_generate(
@@ -43,16 +47,20 @@ def steered_generate(
     configs = _configs(model, args, kwargs)
     request = keywords.request(model, configs[0]) if controller is None else Request(controller)
     call, tracer = None, None
-    if request.trace and request.controller is not None:
+    if request.trace and isinstance(request.controller, Controller):
         _check_traceable(kwargs, configs, recorder)
         tracer = recorder = TraceRecorder(request.controller)
     if request.controller is not None or recorder is not None:
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
+        _check_startable(request.start, kwargs, configs)
+        if isinstance(request.controller, RowController):
+            _check_prompts(request.controller, args, kwargs)
         install(model)
-        call = call_for(model, request.controller, recorder)
+        call = call_for(model, request.controller, recorder, request.start)
     result = run_live(call, stock, *args, **kwargs)
     _warn_of_unsound(call)
+    _warn_of_waiting(call)
     if tracer is not None:
         result.recontrol_trace = _trace(tracer, result.sequences, kwargs, configs)
     return result
@@ -77,6 +85,16 @@ def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[An
         return run_live(None, run)
     if request.trace:
         raise ValueError("recontrol_trace is for greedy decoding and sampling with generate(), not generate_batch().")
+    if isinstance(request.controller, RowController):
+        raise ValueError(
+            "recontrol_value_head is a list, but generate_batch() steers all its requests by one head. Call it once "
+            "for each head, or use generate()."
+        )
+    if request.start is not None:
+        raise ValueError(
+            "recontrol_start and recontrol_start_token_id are for generate(), not generate_batch(): each of its "
+            "forwards holds requests at different tokens. Leave them out, or use generate()."
+        )
     if given.get("persistent_manager") or getattr(model, "_cached_continuous_batching_manager", None) is not None:
         raise ValueError(
             "A persistent manager of continuous batching cannot be steered: it would outlive this call. Leave "
@@ -112,7 +130,12 @@ def _run_steered(call: Call, loop: Callable[[], None]) -> None:
         run_live(call, loop)
 
 
-def call_for(model: PreTrainedModel, controller: Controller | None, recorder: Recorder | None = None) -> Call:
+def call_for(
+    model: PreTrainedModel,
+    controller: Controller | RowController | None,
+    recorder: Recorder | None = None,
+    start: Start | None = None,
+) -> Call:
     """The call that applies `controller` and `recorder` to the model's forwards."""
     owner = lm_head_owner(model)
     if controller is None or controller.is_identity:
@@ -120,7 +143,7 @@ def call_for(model: PreTrainedModel, controller: Controller | None, recorder: Re
     weight = next(lm_head(model).parameters(), None)
     if weight is not None and not weight.is_meta:  # on meta while it is offloaded; then nothing is traced
         controller.prepare(weight.device)
-    return Call(controller.edit, recorder, owner, controller.max_kl)
+    return Call(controller.edit, recorder, owner, controller.max_kl, start)
 
 
 def check_forward() -> None:
@@ -128,6 +151,23 @@ def check_forward() -> None:
     call = live_call()
     if call is not None:
         call.check()
+
+
+def note_tokens(ids: Any) -> None:
+    """Before each forward of a generate(): all tokens so far, int64 (rows, tokens)."""
+    call = live_call()
+    if call is not None and call.start is not None and isinstance(ids, Tensor):
+        call.start.note(ids)
+
+
+def _warn_of_waiting(call: Call | None) -> None:
+    if call is not None and call.start is not None and (waiting := call.start.waiting()):
+        warnings.warn(
+            f"{waiting} answers (of beams, beams) ended before recontrol_start or recontrol_start_token_id let the "
+            "control begin; they are unguided. Allow more new tokens, or let it begin earlier.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_unsound(call: Call | None) -> None:
@@ -150,6 +190,27 @@ def _setting(name: str, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> 
     """What generate() will take for `name`: the call's keyword, else the given config's, else the model's."""
     said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in said if value is not None), None)
+
+
+def _check_prompts(controller: RowController, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A list of heads has one for each prompt."""
+    inputs = (args[0] if args else None, *(kwargs.get(name) for name in PROMPTS))
+    given = next((len(each) for each in inputs if isinstance(each, Tensor)), None)
+    if given != controller.prompts:
+        found = "none of " + ", ".join(PROMPTS) if given is None else f"{given} prompts"
+        raise ValueError(
+            f"recontrol_value_head is a list of {controller.prompts}, but {found} were given. Give one head, or None, "
+            "for each prompt of the batch; beams and num_return_sequences follow their prompt."
+        )
+
+
+def _check_startable(start: Start | None, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> None:
+    for name, plain in ONE_FORWARD_A_TOKEN.items() if start is not None else ():
+        if name not in ("num_beams", "guidance_scale") and (value := _setting(name, kwargs, configs)) not in plain:
+            raise ValueError(
+                "recontrol_start and recontrol_start_token_id need one forward for each new token, which "
+                f"{name}={value!r} does not make. Leave them out."
+            )
 
 
 def _check_traceable(kwargs: Mapping[str, Any], configs: tuple[Any, Any], recorder: Recorder | None) -> None:
