@@ -234,7 +234,8 @@ def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
         call.inside, call.fired = True, False
 
 
-def _before_head(module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _before_head(module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+    # No kwargs: torch's dynamic quantisation copies hooks, and forgets what they take. install() mends that.
     call = live_call()
     if call is None or not call.inside:  # plain use, or a draft that borrows the head
         return None
@@ -289,7 +290,9 @@ def _owners(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 def is_installed(model: PreTrainedModel) -> bool:
     """Whether the present LM head carries our hook. resize_token_embeddings and PEFT replace the head."""
-    return _before_head in lm_head(model)._forward_pre_hooks.values()
+    head = lm_head(model)
+    keys = [key for key, hook in head._forward_pre_hooks.items() if hook is _before_head]
+    return any(key in head._forward_pre_hooks_with_kwargs for key in keys)
 
 
 def install(model: PreTrainedModel) -> None:
