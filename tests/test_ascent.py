@@ -313,6 +313,14 @@ def test_heads_that_are_gone_leave_no_gram_matrix():
     assert len(first.kept_gram_matrices) <= 2
 
 
+def test_a_head_in_many_mixtures_keeps_the_latest_few_gram_matrices():
+    first, others = tiny_head(), [tiny_head(seed) for seed in range(1, 9)]
+    made = [gram_matrix([first, other]) for other in others]
+    assert len(first.kept_gram_matrices) == 4
+    assert gram_matrix([first, others[-1]]) is made[-1]
+    torch.testing.assert_close(gram_matrix([first, others[0]]), made[0])
+
+
 def test_a_head_made_under_inference_mode_steers():
     with torch.inference_mode():
         head, h = tiny_head(), torch.randn(3, 16)

@@ -1,4 +1,4 @@
-"""hf-recontrol: the demo, steered text from any model, calibration of a head, and what a head's folder holds."""
+"""hf-recontrol: the demo, steered text from any model or a server, calibration, and what a head's folder holds."""
 
 import json
 import os
@@ -191,6 +191,46 @@ def info(
     loaded = Head.from_pretrained(head, revision=revision)
     parameters = sum(p.numel() for p in loaded.parameters())
     typer.echo(json.dumps({**loaded.config.to_dict(), "parameters": parameters}, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A language model: an id on the Hub or a folder.")],
+    head: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=HEAD",
+            help="A head that requests may name: a folder, an id on the Hub or id@revision. Repeat it for more.",
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="What else `transformers serve` takes, after --: -- --dtype bfloat16")
+    ] = None,
+    default: Annotated[
+        str | None, typer.Option(help="NAME of the head for requests that name none; they are not steered otherwise.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="As of `transformers serve`, localhost.")] = None,
+    port: Annotated[int | None, typer.Option(help="As of `transformers serve`, 8000.")] = None,
+) -> None:
+    """OpenAI's API for MODEL, by `transformers serve`, steered as a request's generation_config asks."""
+    from .serving.transformers_serve import serve as serve_model
+
+    address = {"--host": host, "--port": port}
+    given = [part for name, value in address.items() if value is not None for part in (name, str(value))]
+    serve_model(model, _named_heads(head), default=default, arguments=[*given, *(arguments or [])])
+
+
+def _named_heads(named: list[str]) -> dict[str, str]:
+    """From "polite=user/head", each."""
+    heads: dict[str, str] = {}
+    for text in named:
+        name, equals, head = text.partition("=")
+        if not (name and equals and head):
+            raise ValueError(f"--head is {text!r}; it must be a name and a head, such as polite=user/head.")
+        if name in heads:
+            raise ValueError(f"--head gives {name!r} two heads, {heads[name]!r} and {head!r}. Give each its own name.")
+        heads[name] = head
+    return heads
 
 
 def main() -> None:

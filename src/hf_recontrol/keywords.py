@@ -146,8 +146,8 @@ class RecontrolKeywords:
         """A head for each prompt."""
         if self.revision is not None or not heads:
             raise ValueError(
-                f"recontrol_value_head is a list of {len(heads)}; give one head, or None, for each prompt of the batch. "
-                'recontrol_revision is for one head: write "id@revision".'
+                f"recontrol_value_head is a list of {len(heads)}; give one head, or None, for each prompt of the "
+                'batch. recontrol_revision is for one head: write "id@revision".'
             )
         requests: dict[Any, Request] = {}
         for named in heads:

@@ -1,0 +1,1 @@
+"""Heads in servers: plug-ins and launchers. Nothing else in the package imports them."""
