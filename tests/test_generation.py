@@ -355,7 +355,7 @@ class NoToken:
     end = put
 
 
-@pytest.mark.parametrize("head", [3, True, ["a"]])
+@pytest.mark.parametrize("head", [3, True, {"a"}])
 def test_what_is_no_head_is_refused(model, head):
     with pytest.raises(TypeError, match=f"recontrol_value_head is a {type(head).__name__}"):
         model.generate(**prompts(), streamer=NoToken(), recontrol_value_head=head)

@@ -51,6 +51,7 @@ ORDER = [
     "evaluation",
     "plots",
     "demo",
+    "serving",
     "cli",
     "__init__",
     "__main__",

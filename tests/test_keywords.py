@@ -159,7 +159,7 @@ def test_two_names_of_one_head_add_up(model, head, tmp_path):
         ({tiny_head(): 10**400}, ValueError, "weight is 1000"),
         ({tiny_head(): 1.0, tiny_head(hidden_size=8): 1.0}, HeadMismatch, r"8 wide .* 16 wide"),
         ([3, None, None], TypeError, "recontrol_value_head is a int"),
-        ((tiny_head(),), ValueError, "list of 1, but 3 prompts"),
+        (("user/never-fetched",), ValueError, "list of 1, but 3 prompts"),
     ],
 )
 def test_what_is_no_sum_of_heads_is_refused(model, given, error, words):

@@ -45,6 +45,8 @@ def steered_generate(
     """`stock(*args, **kwargs)`, a generate(), with `controller`, or the control that keywords and configs ask for."""
     keywords = RecontrolKeywords.pop(kwargs)
     configs = _configs(model, args, kwargs)
+    if isinstance(keywords.value_head, list | tuple):  # before a head is fetched
+        _check_prompts(len(keywords.value_head), args, kwargs)
     request = keywords.request(model, configs[0]) if controller is None else Request(controller)
     call, tracer = None, None
     if request.trace and isinstance(request.controller, Controller):
@@ -54,8 +56,6 @@ def steered_generate(
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
         _check_startable(request.start, kwargs, configs)
-        if isinstance(request.controller, RowController):
-            _check_prompts(request.controller, args, kwargs)
         install(model)
         call = call_for(model, request.controller, recorder, request.start)
     result = run_live(call, stock, *args, **kwargs)
@@ -192,14 +192,14 @@ def _setting(name: str, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> 
     return next((value for value in said if value is not None), None)
 
 
-def _check_prompts(controller: RowController, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_prompts(heads: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A list of heads has one for each prompt."""
     inputs = (args[0] if args else None, *(kwargs.get(name) for name in PROMPTS))
     given = next((len(each) for each in inputs if isinstance(each, Tensor)), None)
-    if given != controller.prompts:
+    if given != heads:
         found = "none of " + ", ".join(PROMPTS) if given is None else f"{given} prompts"
         raise ValueError(
-            f"recontrol_value_head is a list of {controller.prompts}, but {found} were given. Give one head, or None, "
+            f"recontrol_value_head is a list of {heads}, but {found} were given. Give one head, or None, "
             "for each prompt of the batch; beams and num_return_sequences follow their prompt."
         )
 

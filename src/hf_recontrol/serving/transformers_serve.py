@@ -145,7 +145,7 @@ def _explaining(app: Any) -> Any:
 def _prepare(model: PreTrainedModel, names: Sequence[str], default: str | None) -> None:
     """Check every head with the model, and give it its default, in place of one that was saved with it."""
     lm_head(model)  # first: a model that cannot generate has no generation config
-    config = model.generation_config
+    config: Any = model.generation_config
     if default is not None:
         for saved in [name for name in vars(config) if name.startswith("recontrol_")]:
             delattr(config, saved)
