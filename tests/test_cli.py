@@ -21,7 +21,7 @@ def run(*arguments, timeout=300):
 def test_help_names_the_commands():
     process = run("--help")
     assert process.returncode == 0
-    assert all(name in process.stdout for name in ("demo", "generate", "info", "tune"))
+    assert all(name in process.stdout for name in ("demo", "generate", "info", "serve", "tune"))
 
 
 def test_info_is_the_heads_config(command):

@@ -1,6 +1,7 @@
 """generate(..., recontrol_value_head=…): stock generate() of any transformers model, steered by a value head."""
 
 import functools
+import types
 from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
@@ -28,8 +29,12 @@ class RecontrolGenerationMixin:
 
     @functools.wraps(GenerationMixin._update_model_kwargs_for_generation)
     def _update_model_kwargs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check_forward()
+        check_forward(self)
         return super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    @functools.wraps(GenerationMixin.heal_tokens)
+    def heal_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _healed_plainly(GenerationMixin.heal_tokens, self, args, kwargs)
 
     @functools.wraps(GenerationMixin.generate_batch)
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +78,12 @@ def _noting(stock: Any) -> Any:
         return stock(self, input_ids, *args, **kwargs)
 
     return prepare_inputs_for_generation
+
+
+def _healed_plainly(stock: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """token_healing's generate() of a prompt's last token; it gets none of ours, and defaults may be turned off."""
+    plain = types.SimpleNamespace(generate=functools.partial(model.generate, recontrol_value_head=False))
+    return stock(plain, *args, **kwargs)
 
 
 @functools.cache
@@ -177,8 +188,9 @@ def _patch_generation_mixin() -> None:
         "init_continuous_batching",
         "_update_model_kwargs_for_generation",
         "prepare_inputs_for_generation",
+        "heal_tokens",
     )
-    generate, generate_batch, manager, update, prepare = (
+    generate, generate_batch, manager, update, prepare, heal = (
         _PATCHED.setdefault(name, getattr(GenerationMixin, name)) for name in names
     )
 
@@ -203,9 +215,18 @@ def _patch_generation_mixin() -> None:
     @functools.wraps(update)
     def patched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, RecontrolGenerationMixin):  # else it has checked already
-            check_forward()
+            check_forward(self)
         return update(self, *args, **kwargs)
 
+    @functools.wraps(heal)
+    def patched_heal(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (
+            heal(self, *args, **kwargs)
+            if isinstance(self, types.SimpleNamespace)
+            else _healed_plainly(heal, self, args, kwargs)
+        )
+
+    GenerationMixin.heal_tokens = patched_heal  # type: ignore[method-assign]
     GenerationMixin.generate = patched_generate  # type: ignore[method-assign]
     GenerationMixin.generate_batch = patched_generate_batch  # type: ignore[method-assign]
     GenerationMixin.init_continuous_batching = patched_manager  # type: ignore[method-assign]

@@ -81,6 +81,7 @@ class Call:
             processor, say, stay plain.
         max_kl: no token's KL above it, in nats; or from logits to the bound of each row, (..., 1); None is no bound.
         start: which rows are edited yet; None is all.
+        model: whose generate() it is; `owner`, or a model around it.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Call:
         owner: nn.Module | None = None,
         max_kl: float | Callable[[Tensor], Tensor] | None = None,
         start: Start | None = None,
+        model: nn.Module | None = None,
     ):
         self.owner = owner
+        self.model = model
         self.start = start
         self.edit = edit
         self.recorder = recorder
@@ -297,6 +300,8 @@ def is_installed(model: PreTrainedModel) -> bool:
 
 def install(model: PreTrainedModel) -> None:
     """Put the inert hooks on the model, where they are not yet. Hooks on a replaced LM head are removed first."""
+    if is_installed(model):  # most often; without the lock, which a fork may leave taken
+        return
     with _INSTALLING:  # two threads may meet a new model at once, and two hooks would edit twice
         if is_installed(model):
             return

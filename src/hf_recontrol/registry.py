@@ -56,8 +56,8 @@ def registered_head(name: str, where: str) -> Head:
         raise ValueError(
             f"The {where} names the head {shown(name)}, which is not registered in this process "
             f"(registered: {known}). A config never decides what is loaded. If you trust that head, "
-            f"register_value_heads({{{shown(name)}: …}}) or model.set_recontrol_defaults(value_head=…); for plain text "
-            "pass recontrol_value_head=False."
+            f"register_value_heads({{{shown(name)}: …}}) or model.set_recontrol_defaults(value_head=…), or start the "
+            "server with --head NAME=HEAD; for plain text pass recontrol_value_head=False."
         )
     return head
 

@@ -55,7 +55,7 @@ def steered_generate(
     if request.controller is not None or recorder is not None:
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
-        _check_startable(request.start, kwargs, configs)
+        check_mode(request, kwargs, configs)
         install(model)
         call = call_for(model, request.controller, recorder, request.start)
     result = run_live(call, stock, *args, **kwargs)
@@ -139,17 +139,20 @@ def call_for(
     """The call that applies `controller` and `recorder` to the model's forwards."""
     owner = lm_head_owner(model)
     if controller is None or controller.is_identity:
-        return Call(None, recorder, owner)
+        return Call(None, recorder, owner, model=model)
     weight = next(lm_head(model).parameters(), None)
     if weight is not None and not weight.is_meta:  # on meta while it is offloaded; then nothing is traced
         controller.prepare(weight.device)
-    return Call(controller.edit, recorder, owner, controller.max_kl, start)
+    return Call(controller.edit, recorder, owner, controller.max_kl, start, model)
 
 
-def check_forward() -> None:
-    """After each forward of a generate(), before its token is chosen: raise unless it was steered as asked for."""
+def check_forward(model: Any) -> None:
+    """After each forward of a model's generate(), before its token is chosen: raise unless it was steered as asked.
+
+    Another model's loop, run in between by GenerationMixin.generate(), is none of the call's.
+    """
     call = live_call()
-    if call is not None:
+    if call is not None and (model is call.model or model is call.owner):
         call.check()
 
 
@@ -204,8 +207,15 @@ def _check_prompts(heads: int, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         )
 
 
-def _check_startable(start: Start | None, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> None:
-    for name, plain in ONE_FORWARD_A_TOKEN.items() if start is not None else ():
+def check_mode(request: Request, kwargs: Mapping[str, Any], configs: tuple[Any, Any]) -> None:
+    """Refuse by name a way of decoding in which what was asked for cannot be had."""
+    weight = _setting("assistant_ensemble_weight", kwargs, configs)
+    if request.controller is not None and weight is not None:
+        raise ValueError(
+            f"assistant_ensemble_weight is {weight!r}, which draws tokens from a mixture with the plain draft, so that "
+            "neither a strength nor recontrol_max_kl would hold for the text. Leave it out."
+        )
+    for name, plain in ONE_FORWARD_A_TOKEN.items() if request.start is not None else ():
         if name not in ("num_beams", "guidance_scale") and (value := _setting(name, kwargs, configs)) not in plain:
             raise ValueError(
                 "recontrol_start and recontrol_start_token_id need one forward for each new token, which "

@@ -23,6 +23,7 @@ from ..generation import disable_recontrol, enable_recontrol
 from ..hooks import lm_head
 from ..keywords import IN_A_CONFIG, RecontrolKeywords, said_by
 from ..registry import register_value_heads
+from ..steering import check_mode
 
 EXAMPLE = '{"recontrol_value_head": "polite", "recontrol_strength": 0.1}'
 
@@ -66,9 +67,9 @@ def _run(model: str, arguments: Sequence[str]) -> None:
     from transformers.cli.serve import Serve
 
     command = typer.Typer(add_completion=False, rich_markup_mode=None)
-    command.command(name="transformers serve")(Serve)
-    with contextlib.suppress(KeyboardInterrupt, typer.Abort):  # the way to end a server
-        command([model, *arguments], standalone_mode=False)
+    command.command()(Serve)
+    with contextlib.suppress(typer.Abort):  # what older releases of Typer make of an interrupt, the way to end a server
+        command([model, *arguments], prog_name="transformers serve", standalone_mode=False)
 
 
 @contextlib.contextmanager
@@ -195,6 +196,7 @@ def _said(given: Any) -> dict[str, Any] | None:
 def _check(model: PreTrainedModel, given: GenerationConfig | None) -> None:
     """Raise unless generate() can do what the request's config and the model's ask for."""
     asked = RecontrolKeywords().request(model, given)
+    check_mode(asked, {}, (given, model.generation_config))
     if asked.trace:
         raise ValueError("recontrol_trace is not part of a server's answer. Leave it out, or use generate().")
     said = {name: value for name, value in said_by(given, "request").items() if value is not None}
