@@ -31,6 +31,7 @@ STEER = {"recontrol_step_size": 2.0, "recontrol_num_steps": 3}
 SWEPT = ("run_live", "live_call", "__init__", "finish", "check", "body")
 
 
+@pytest.mark.slow
 def test_threads_with_different_heads_on_one_model_never_mix():
     """2,000 generations, compared bit for bit. A hook set and removed by each call is wrong in thousands of them."""
     assert wrong_generations(enable_recontrol(tiny_model()), repeats=500) == 0

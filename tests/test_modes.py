@@ -50,7 +50,7 @@ def moved_by_control(head, h):
         return (h.float() + 0.5 * by_hand("one hidden layer", head, h.float())).to(h.dtype)
 
 
-@pytest.fixture(params=["value head", "control head"])
+@pytest.fixture(params=["value head", pytest.param("control head", marks=pytest.mark.slow)])
 def steered(request):
     """Keywords of generate(), and the function from h to h + u that they stand for."""
     if request.param == "value head":

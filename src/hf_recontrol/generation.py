@@ -139,6 +139,11 @@ def enable_recontrol(model: Any = None) -> Any:
             f"This {type(inner).__name__} has a generate() of its own (a custom_generate repository loaded with "
             "trust_remote_code), which would pass ours by. Load the model without trust_remote_code."
         )
+    if not issubclass(type(inner), GenerationMixin):
+        raise ValueError(
+            f"{type(inner).__name__} has no generate() of transformers' GenerationMixin, which chooses one token after "
+            "another, so there is nothing to steer. This architecture is not supported."
+        )
     lm_head(inner)
     if not isinstance(inner, RecontrolGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))  # type: ignore[arg-type]

@@ -272,6 +272,7 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
         ValueError: the model has none, or one whose input is not hidden states.
     """
     head = model.get_output_embeddings()
+    head = _lm_head_inside(model) if head is None else head
     if not isinstance(head, nn.Module) or isinstance(head, nn.Embedding | nn.ModuleList):
         found = "None" if head is None else f"a {type(head).__name__}"
         raise ValueError(
@@ -279,6 +280,13 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
             "states to logits, such as lm_head. This architecture is not supported."
         )
     return head
+
+
+def _lm_head_inside(model: PreTrainedModel) -> Any:
+    """That of the one language model inside: Blip and NemotronH-Omni generate with it and do not hand its head on."""
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    heads = {head for module in inside if (head := module.get_output_embeddings()) is not None}
+    return heads.pop() if len(heads) == 1 else None
 
 
 def lm_head_owner(model: PreTrainedModel) -> PreTrainedModel:
@@ -311,7 +319,7 @@ def install(model: PreTrainedModel) -> None:
         owner.register_forward_hook(_after_forward, with_kwargs=True)
         # prepend: under tensor parallelism the later hooks see sharded tensors. Last, for it stands for all three.
         lm_head(model).register_forward_pre_hook(_before_head, with_kwargs=True, prepend=True)
-        for module in _owners(model):
+        for module in (model, *_owners(model)):
             module.__dict__.pop("_compiled_call", None)  # a graph compiled before does not know the hooks
 
 
