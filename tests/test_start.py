@@ -121,13 +121,13 @@ def test_beams_that_are_reordered_keep_their_own_tokens(model, head):
     twin.prepare_inputs_for_generation = lambda ids, **kwargs: (so_far.update(ids=ids), stock(ids, **kwargs))[1]
     twin.lm_head = Editing()
     plain, changed = tokens(model, num_beams=4), 0
-    for token in range(3, 64, 3):  # in some, a beam that has the token makes room for one that has not
+    for token in range(3, 64):  # in some, a beam that has the token makes room for one that has not
         so_far["token"] = token
         steer = {"recontrol_value_head": head, "recontrol_start_token_id": token, **STEER}
         actual = tokens(model, num_beams=4, **steer)
         assert actual == tokens(twin, num_beams=4)
         changed += actual != plain
-    assert changed > 2
+    assert changed > 5
 
 
 def test_a_prompt_of_embeddings_and_left_padding_are_counted_right(model, head):
