@@ -5,6 +5,7 @@ what adds or multiplies tensors of two devices. `record` alone, which makes a CU
 """
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import tiny_control_head, tiny_head
 
 from hf_recontrol import ControlConfig, Controller, cuda_graph, hooks
 from hf_recontrol.ascent import FlippedColumns, Steps, gram_matrix, in_z
+from hf_recontrol.control import on_device
 from hf_recontrol.cuda_graph import CudaGraphs
 from hf_recontrol.hooks import Call
 
@@ -75,6 +77,16 @@ def test_the_heads_go_to_the_device_of_the_hidden_states_by_themselves(meta):
     u = Controller(heads, ControlConfig(step_size=0.3, num_steps=5, scale=1.0)).control(torch.randn(3, 16).to(meta))
     assert u.device.type == "meta"
     assert {head.input_std.device.type for head in heads} == {"cpu"}
+
+
+def test_the_copy_on_the_device_is_kept_for_the_next_controller_until_the_head_changes(meta):
+    head = tiny_head()
+    first, again = on_device(head, meta), on_device(head, meta)
+    assert first is again
+    assert gram_matrix([first]) is gram_matrix([again])
+    assert copy.deepcopy(head).kept_copies == {}
+    head.first_weight.data.mul_(2.0)  # leaves no sign but itself
+    assert on_device(head, meta) is not first
 
 
 # CUDA graphs, recorded by a stand-in that runs the function again on the same memory

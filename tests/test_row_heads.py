@@ -127,6 +127,15 @@ def test_a_bad_head_in_a_list_is_an_error_for_all_and_no_plain_text(model, heads
         model.generate_batch([[1, 2]] * 3, recontrol_value_head=heads, **STEER)
 
 
+def test_what_is_said_beside_a_list_of_plain_rows_is_checked_too(model):
+    with pytest.raises(ValueError, match="strength is -5"):
+        tokens(model, recontrol_value_head=[None, None, None], recontrol_strength=-5)
+    with pytest.raises(ValueError, match="for one head, or several with weights"):
+        tokens(model, recontrol_value_head=[None] * 3, recontrol_trace=True, return_dict_in_generate=True)
+    with pytest.raises(TypeError, match="recontrol_value_head is a list"):
+        tokens(model, recontrol_value_head=[[tiny_head()], None, None])
+
+
 def test_a_list_of_none_is_plain_text(model):
     assert tokens(model, recontrol_value_head=[None, False, None]) == tokens(model)
 

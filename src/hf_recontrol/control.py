@@ -215,10 +215,22 @@ class Controller:
         for head, factor in heads:
             if head.input_mean.device != device:
                 if (head, device) not in self._on_device:
-                    self._on_device[head, device] = copy.deepcopy(head).to(device)
+                    self._on_device[head, device] = on_device(head, device)
                 head = self._on_device[head, device]  # type: ignore[assignment]
             found.append((head, factor))
         return found
+
+
+def on_device(head: H, device: torch.device) -> H:
+    """A copy of the head there, kept with it, and with what the copy keeps; made again when a weight was changed."""
+    tensors = [*head.parameters(), *head.buffers()]
+    sums = torch.stack([tensor.detach().double().sum() for tensor in tensors]).tolist()  # sees weight.data too
+    state = [*map(state_of, tensors), sums]
+    kept = head.kept_copies.get(device)
+    if kept is None or kept[0] != state:
+        kept = head.kept_copies[device] = (state, copy.deepcopy(head).to(device))
+    copied: H = kept[1]
+    return copied
 
 
 def _weighted(head: Head | Mapping[Head, float]) -> dict[Head, float]:

@@ -11,6 +11,7 @@ MAX_ROWS = 64
 """More rows than this keep a GPU busy for longer than it takes to launch the kernels."""
 
 Tensors = tuple[Tensor, ...]
+_RECORDING = threading.Lock()  # CUDA allows no wait for a device while a graph is recorded on it, and recording waits
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def stream_of(tensor: Tensor) -> Hashable:
 def record(function: Callable[..., Tensors], rows: Tensors) -> tuple[Callable[[], None], Tensors]:
     """A graph of function(*rows): what runs it again on what `rows` hold then, and the tensors that it writes."""
     device = rows[0].device
-    with torch.cuda.device(device):
+    with _RECORDING, torch.cuda.device(device):
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

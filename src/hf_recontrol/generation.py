@@ -55,7 +55,7 @@ class RecontrolGenerationMixin:
             value_head: as recontrol_value_head. A head or heads from the Hub are registered by their ids; a head
                 itself under a name made of its reward and weights. None, with nothing else: no defaults.
             defaults: step_size, num_steps, strength, max_kl, max_relative_norm, regularization, target_value, scale,
-                strict, trace: as the keywords of generate().
+                strict, trace, start, start_token_id: as the keywords of generate().
 
         Raises:
             TypeError, ValueError, HeadError, HeadUnavailable, HeadMismatch: as generate() would. Nothing is changed.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,13 @@ class Head(HeadFiles):
             )
         config.validate()
         self.config = config
+        self.kept_copies: dict[torch.device, Any] = {}
+        """See on_device in control.py: they die with the head, and are neither saved nor copied."""
         self.register_buffer("input_mean", torch.zeros(config.hidden_size, dtype=torch.float32))
         self.register_buffer("input_std", torch.ones(config.hidden_size, dtype=torch.float32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "kept_copies": {}}
 
     @property
     def dtype(self) -> torch.dtype:

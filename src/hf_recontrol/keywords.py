@@ -144,6 +144,8 @@ class RecontrolKeywords:
         self, heads: Sequence[Heads], model: PreTrainedModel, given_config: Any, own_config: Any
     ) -> Request:
         """A head for each prompt."""
+        self._control()  # what is said beside them is checked also where every row is plain
+        _check_flags({name: getattr(self, name) for name in FLAGS})
         if self.revision is not None or not heads:
             raise ValueError(
                 f"recontrol_value_head is a list of {len(heads)}; give one head, or None, for each prompt of the "
@@ -154,7 +156,7 @@ class RecontrolKeywords:
             key = _key(named)
             if key is not None and key not in requests:
                 requests[key] = replace(self, value_head=named).request(model, given_config, own_config)
-        if any(request.trace for request in requests.values()):
+        if self.trace or any(request.trace for request in requests.values()):
             raise ValueError("recontrol_trace is for one head, or several with weights, not for a list of heads.")
         controllers: list[Any] = [None if _key(named) is None else requests[_key(named)].controller for named in heads]
         start = next((request.start for request in requests.values()), None)
@@ -195,6 +197,8 @@ def _key(named: Heads) -> Any:
     """Equal for what means the same head in a list; None for a plain row."""
     if named is None or named is False:
         return None
+    if not isinstance(named, str | os.PathLike | Head | Mapping):
+        as_head(named)  # type: ignore[arg-type] # says what is wrong
     return tuple(named.items()) if isinstance(named, Mapping) else named
 
 
@@ -284,6 +288,8 @@ def set_defaults(model: PreTrainedModel, value_head: Any, defaults: Mapping[str,
     else:
         ControlConfig(**{name: value for name, value in said.items() if name in CONTROL})
         _check_flags(said)
+    if isinstance(ids := said.get("start_token_id"), Sequence):
+        said["start_token_id"] = [int(one) for one in ids]
     config = model.generation_config
     for name in [name for name in vars(config) if name.startswith("recontrol_")]:
         delattr(config, name)

@@ -44,5 +44,5 @@ class Start:
         return torch.where(begun, edited, hidden_states)
 
     def waiting(self) -> int:
-        """Rows that have not begun; of beams, beams."""
+        """Rows that had not begun at the last forward; of beams, beams. Padding after a row's end counts as tokens."""
         return 0 if self.begun is None else int((~self.begun).sum())

@@ -42,7 +42,7 @@ class ValueHead(Head):
         """See gram_matrix in ascent.py: it dies with the head, and is neither saved nor copied."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kept_gram_matrices": {}}
+        return {**super().__getstate__(), "kept_gram_matrices": {}}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """V(h) in standard deviations of the reward.
