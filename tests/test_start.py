@@ -84,6 +84,16 @@ def test_any_of_several_tokens_will_do_and_one_in_the_prompt_does_not_count(mode
     assert actual == by_hand(model, head, lambda t, new: t >= 1)
 
 
+def test_an_answer_that_ends_before_its_start_is_told_also_beside_longer_ones(model, head):
+    plain = tokens(model)
+    eos = next(row[6] for row in plain if sum(row[6] in other[5:] for other in plain) == 1)
+    for start in ({"recontrol_start": 4}, {"recontrol_start_token_id": [0, *(row[6] for row in plain)]}):
+        with pytest.warns(UserWarning, match="1 answers"):  # <pad> behind it is no token of its own
+            rows = tokens(model, recontrol_value_head=head, eos_token_id=eos, pad_token_id=0, **start, **STEER)
+        assert sum(row[6] == eos for row in rows) == 1
+        assert rows != plain
+
+
 @pytest.mark.parametrize(
     "mode",
     [

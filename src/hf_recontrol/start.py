@@ -21,15 +21,17 @@ class Start:
         self.prompt: int | None = None  # tokens of a row before the first new one
         self.begun: Tensor | None = None  # bool (rows,), for the token that the next forward predicts
         self.noted = False  # since the last forward
+        self.eos_token_ids: list[int] = []  # what ends an answer; the padding behind it is none of its tokens
 
     def note(self, ids: Tensor) -> None:
         """Before a forward: all tokens so far, int64 (rows, tokens); none of a prompt that was given as embeddings."""
         if self.prompt is None:
             self.prompt = ids.shape[1]
         new = ids[:, self.prompt :]
-        begun = torch.full((len(ids),), new.shape[1] >= self.first, dtype=torch.bool, device=ids.device)
+        own = torch.isin(new, new.new_tensor(self.eos_token_ids)).cumsum(-1) == 0
+        begun = own.sum(-1) >= self.first
         if self.token_ids:
-            begun &= torch.isin(new, new.new_tensor(self.token_ids)).any(-1)
+            begun &= (own & torch.isin(new, new.new_tensor(self.token_ids))).any(-1)
         if self.begun is None:
             self.begun = begun
         else:
@@ -44,5 +46,5 @@ class Start:
         return torch.where(begun, edited, hidden_states)
 
     def waiting(self) -> int:
-        """Rows that had not begun at the last forward; of beams, beams. Padding after a row's end counts as tokens."""
+        """Rows that ended, or were left at the last forward, before they had begun; of beams, beams."""
         return 0 if self.begun is None else int((~self.begun).sum())

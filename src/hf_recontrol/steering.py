@@ -56,6 +56,8 @@ def steered_generate(
         if kwargs.get("cache_implementation") == "paged":
             raise ValueError('cache_implementation="paged" cannot be steered: it runs in a thread of its own.')
         check_mode(request, kwargs, configs)
+        if request.start is not None and (eos := _setting("eos_token_id", kwargs, configs)) is not None:
+            request.start.eos_token_ids = torch.as_tensor(eos).flatten().tolist()
         install(model)
         call = call_for(model, request.controller, recorder, request.start)
     result = run_live(call, stock, *args, **kwargs)
