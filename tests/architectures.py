@@ -427,9 +427,10 @@ def check(model: Any, inputs: dict[str, torch.Tensor], tokens: list[Any], base: 
     steer = {"recontrol_value_head": head, "recontrol_config": steering}
     _check_zero(model, inputs, head, tokens, base)
     recorder = HiddenStates(2 * NEW_TOKENS)
-    steered_generate(super(RecontrolGenerationMixin, model).generate, model, (), inputs | GREEDY, recorder)
-    by_hand = torch.stack(states, dim=1)
-    torch.testing.assert_close(recorder.recorded(), by_hand, rtol=0, atol=0, msg=lambda text: f"h: {text}")
+    stock = super(RecontrolGenerationMixin, model).generate
+    output = steered_generate(stock, model, (), inputs | GREEDY, recorder)
+    recorded, by_hand = recorder.recorded(output.sequences.shape[1]), torch.stack(states, dim=1)
+    torch.testing.assert_close(recorded, by_hand, rtol=0, atol=0, msg=lambda text: f"h: {text}")
     actual = forward(model, inputs, functools.partial(forward_steered, model, control))
     torch.testing.assert_close(actual, expected, msg=lambda text: f"a forward's logits: {text}")
     assert kl_by_hand(actual, plain).mean() > 1e-3, "the edit does not change a forward's logits"

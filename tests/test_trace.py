@@ -1,6 +1,7 @@
 """The trace: what happened to each token."""
 
 from math import inf, nan
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation import utils
 
 from hf_recontrol import (
     ControlConfig,
@@ -355,3 +357,26 @@ def test_hidden_states_and_a_trace_are_not_recorded_at_once(model, head):
         generate_with_hidden_states(
             model, **prompts(), **GREEDY, recontrol_value_head=head, recontrol_trace=True, **STEER
         )
+
+
+@pytest.mark.skipif(not hasattr(utils, "DeferredStopCheck"), reason="transformers before 5.24 has no such loop")
+def test_a_step_that_generate_takes_back_leaves_no_trace(monkeypatch, head):
+    model = enable_recontrol(tiny_model(eos_token_id=list(range(2, 16))))  # all answers end early
+    steer = {"recontrol_value_head": head, **STEER, "recontrol_trace": True, "return_dict_in_generate": True}
+    sampling = {**prompts(), "do_sample": True, "max_new_tokens": 60, "pad_token_id": 0}
+
+    def outputs():
+        torch.manual_seed(1)
+        steered = model.generate(**sampling, **steer)
+        torch.manual_seed(1)
+        return steered, generate_with_hidden_states(model, **sampling)
+
+    expected, recorded = outputs()
+    assert expected.sequences.shape[1] < 65
+    monkeypatch.setattr(utils.DeferredStopCheck, "is_supported", staticmethod(lambda *args, **kwargs: True))
+    monkeypatch.setattr(torch, "Event", Mock())  # a CPU has none, and nothing to wait for
+    actual, again = outputs()
+    for name in vars(expected.recontrol_trace):
+        wanted, found = getattr(expected.recontrol_trace, name), getattr(actual.recontrol_trace, name)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(again, recorded, rtol=0, atol=0)

@@ -62,14 +62,12 @@ def generate_with_hidden_states(
         sequences = steered_generate(
             stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder, controller
         )
-    hidden_states = recorder.recorded()
-    if kwargs.get("input_ids") is not None and not model.config.is_encoder_decoder:
-        new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
-        if hidden_states.shape[:2] != (sequences.shape[0], new_tokens):
-            raise SteeringNotApplied(
-                f"{tuple(hidden_states.shape[:2])} hidden states were recorded for {tuple(sequences.shape[:1])} rows "
-                f"of {new_tokens} new tokens: this decoding mode does not make one token of each forward. Leave it out."
-            )
+    hidden_states = recorder.recorded(sequences.shape[1])
+    if len(hidden_states) != len(sequences):
+        raise SteeringNotApplied(
+            f"Hidden states of {len(hidden_states)} rows were recorded for {len(sequences)} rows of tokens: this "
+            "decoding mode regroups the batch. Leave it out."
+        )
     return sequences, hidden_states
 
 

@@ -191,6 +191,8 @@ class Call:
 class Recorder:
     """What is kept of a generate(). Traced code may write into tensors that exist; only step() may do more."""
 
+    prompt_tokens: int | None = None
+    """Columns of the ids before the first new token; None while no forward was prepared."""
     wants_logits = False
     """Whether after_forward is to be called: costs a second row through the LM head."""
 
@@ -202,6 +204,27 @@ class Recorder:
 
     def step(self) -> None:
         """After each forward of a generate(), outside what is compiled."""
+
+    def new_tokens(self, forwards: int, columns: int) -> int:
+        """How many tokens were generated, one with each of the first forwards.
+
+        Where reading the stop flag would stall the device (Apple's, since transformers 5.24), generate() reads it a
+        step late and takes the last step back: one forward more than tokens.
+
+        Args:
+            forwards: as many as were seen.
+            columns: of the ids that generate() returned.
+
+        Raises:
+            SteeringNotApplied: the forwards were not one for each token.
+        """
+        new = forwards if self.prompt_tokens is None else columns - self.prompt_tokens
+        if forwards not in (new, new + 1):
+            raise SteeringNotApplied(
+                f"{forwards} forwards were seen for {new} new tokens: this decoding mode does not make one token of "
+                "each forward. Leave it out, or recontrol_trace."
+            )
+        return new
 
 
 class HiddenStates(Recorder):
@@ -224,11 +247,15 @@ class HiddenStates(Recorder):
         self.buffer.index_copy_(0, self.next, last.detach().unsqueeze(0))
         self.next += 1
 
-    def recorded(self) -> Tensor:
-        """What was recorded, (rows, forwards, hidden_size)."""
+    def recorded(self, columns: int) -> Tensor:
+        """Of each new token, (rows, new tokens, hidden_size).
+
+        Args:
+            columns: of the ids that generate() returned.
+        """
         if self.buffer is None or self.next is None:
             raise SteeringNotApplied("No forward pass was recorded. Call enable_recontrol() on the model that runs.")
-        return self.buffer[: int(self.next)].transpose(0, 1).contiguous()
+        return self.buffer[: self.new_tokens(int(self.next), columns)].transpose(0, 1).contiguous()
 
 
 def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -94,13 +94,13 @@ class TraceRecorder(Recorder):
             lengths: int64 (rows,), tokens before each row's end.
 
         Raises:
-            SteeringNotApplied: the forwards were not one for each token.
+            SteeringNotApplied: the forwards were not of these rows.
         """
-        figures = torch.stack(self._tokens, dim=-1).cpu()
+        figures = torch.stack(self._tokens[: token_ids.shape[1]], dim=-1).cpu()
         if figures.shape[1:] != token_ids.shape:
             raise SteeringNotApplied(
-                f"{tuple(figures.shape[1:])} forwards were traced for {tuple(token_ids.shape)} new tokens: this "
-                "decoding mode does not make one token of each forward. Leave recontrol_trace out."
+                f"Forwards of {figures.shape[1]} rows were traced for {len(token_ids)} rows of tokens. Leave "
+                "recontrol_trace out."
             )
         ended = torch.arange(token_ids.shape[1]) >= lengths.cpu()[:, None]
         sound = (figures[5] * figures[4] > 0) | ended  # a scale of 0: the edit overflowed in the logits
