@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import MtpModel
 
-from hf_recontrol import SteeringNotApplied, disable_recontrol, enable_recontrol
+from hf_recontrol import disable_recontrol, enable_recontrol
 from hf_recontrol.forwards import generate_with_hidden_states
 from hf_recontrol.hooks import live_call
 
@@ -473,19 +473,30 @@ def written(folder, call):
     return {"custom_generate": str(folder), "trust_remote_code": True}
 
 
-def test_a_decoding_method_from_a_folder_is_steered_where_it_calls_the_stock_generate(model, steered, tmp_path):
+@pytest.mark.parametrize("call", ["GenerationMixin.generate(model, ", "model.generate("])
+def test_a_decoding_method_from_a_folder_is_steered_through_the_generate_that_it_calls(model, steered, tmp_path, call):
     keywords, move = steered
-    custom = written(tmp_path, "GenerationMixin.generate(model, ")
+    custom = written(tmp_path, call)
     expected = twin_of(model, move).generate(**prompts(), **GREEDY).tolist()
     assert model.generate(**prompts(), **GREEDY, **custom, **keywords).tolist() == expected
 
 
-def test_a_decoding_method_from_a_folder_that_calls_the_models_generate_is_an_error_not_plain_text(
-    model, steered, tmp_path
-):
-    custom = written(tmp_path, "model.generate(")
-    with pytest.raises(SteeringNotApplied):
-        model.generate(**prompts(), **GREEDY, **custom, **steered[0])
+def test_a_generate_inside_a_custom_one_says_what_it_is_steered_by(model, steered):
+    keywords, move = steered
+    plain, forwards = [], []
+
+    def thrice(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        plain.append(model.generate(input_ids, **GREEDY, recontrol_value_head=False).tolist())
+        model.model.register_forward_pre_hook(lambda *_: forwards.append(live_call() is not None))
+        drafted = model.generate(input_ids, **GREEDY, assistant_early_exit=1)
+        assert set(forwards) == {True, False}, "the drafts are plain, and only they"
+        assert drafted.tolist() == model.generate(input_ids, **GREEDY).tolist()
+        return drafted
+
+    one = prompts(rows=1)
+    stock, expected = (tokens.generate(**one, **GREEDY).tolist() for tokens in (model, twin_of(model, move)))
+    assert model.generate(**one, **GREEDY, custom_generate=thrice, **keywords).tolist() == expected
+    assert plain == [stock]
 
 
 @pytest.mark.parametrize(

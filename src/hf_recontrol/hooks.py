@@ -95,6 +95,7 @@ class Call:
     ):
         self.owner = owner
         self.model = model
+        self.passes_on = False  # a generate() of the same model inside this one is a part of it, not one of its own
         self.start = start
         self.edit = edit
         self.recorder = recorder

@@ -30,6 +30,7 @@ ONE_FORWARD_A_TOKEN: dict[str, tuple[Any, ...]] = {
     "prefill_chunk_size": (None,),
     "guidance_scale": (None, 1),
     "use_mtp": (None, False),
+    "custom_generate": (None,),
 }
 """Settings of generate() and their values under which each forward makes one token of each row."""
 PROMPTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "decoder_input_ids")
@@ -47,6 +48,8 @@ def steered_generate(
     """`stock(*args, **kwargs)`, a generate(), with `controller`, or the control that keywords and configs ask for."""
     keywords = RecontrolKeywords.pop(kwargs)
     configs = _configs(model, args, kwargs)
+    if keywords == RecontrolKeywords() and _is_part_of(live_call(), model, configs[0]):
+        return stock(*args, **kwargs)
     if isinstance(keywords.value_head, list | tuple):  # before a head is fetched
         _check_prompts(len(keywords.value_head), args, kwargs)
     request = keywords.request(model, configs[0]) if controller is None else Request(controller)
@@ -62,12 +65,20 @@ def steered_generate(
             request.start.eos_token_ids = torch.as_tensor(eos).flatten().tolist()
         install(model)
         call = call_for(model, request.controller, recorder, request.start)
+        call.passes_on = kwargs.get("custom_generate") is not None
     result = run_live(call, stock, *args, **kwargs)
     _warn_of_unsound(call)
     _warn_of_waiting(call)
     if tracer is not None:
         result.recontrol_trace = _trace(tracer, result.sequences, kwargs, configs)
     return result
+
+
+def _is_part_of(outer: Call | None, model: Any, config: Any) -> bool:
+    """Whether this generate() is how a custom_generate around it makes its text. Drafts of an early exit are not."""
+    if outer is None or not outer.passes_on or outer.model is not model:
+        return False
+    return not getattr(config, "is_assistant", False)
 
 
 def steered_generate_batch(stock: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
