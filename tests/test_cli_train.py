@@ -163,6 +163,7 @@ def test_a_value_head_is_trained_in_rounds_by_train_value(command, files, tmp_pa
     assert Head.from_pretrained(tmp_path).config.hidden_size == 16
 
 
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # Trainer's, beside conftest's environment
 def test_a_head_is_pushed_where_that_is_asked_for(command, rollouts, tmp_path, hub):
     more = ("--push_to_hub", "--hub_model_id", "user/head", "--hub_token", TOKEN)
     command("train", "--rollouts", rollouts, "--output_dir", tmp_path, *QUIET, *more)

@@ -115,7 +115,7 @@ def parse(arguments: list[str]) -> tuple[TrainOptions, RecontrolTrainingArgument
     if unknown:
         option = next((text for text in unknown if text.startswith("--")), unknown[0])
         names = [name for action in parser._actions for name in action.option_strings]
-        raise ValueError(f"There is no option {option!r}{_nearest(option.split('=')[0], names)}.")
+        raise ValueError(f"There is no option {option!r}{_nearest(option.split('=')[0], names)}")
     if given.config is not None:
         parser.set_defaults(**_read(given.config, parser.by_name))
     options, args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -135,7 +135,7 @@ def _read(config: str, by_name: dict[str, Action]) -> dict[str, Any]:
     defaults = {str(name).replace("-", "_"): value for name, value in found.items()}
     for name, value in defaults.items():
         if name not in by_name or name == "config":
-            raise ValueError(f"{config} has {name!r}, which is no option{_nearest(name, list(by_name))}.")
+            raise ValueError(f"{config} has {name!r}, which is no option{_nearest(name, list(by_name))}")
         action = by_name[name]
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{config} has {name}: {value!r}; it must be one of {list(action.choices)}.")
@@ -147,4 +147,4 @@ def _read(config: str, by_name: dict[str, Action]) -> dict[str, Any]:
 
 def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; do you mean {near[0]!r}?" if near else ""
+    return f"; do you mean {near[0]!r}?" if near else ". See hf-recontrol train --help_all."
