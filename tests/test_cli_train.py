@@ -2,7 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -163,10 +166,24 @@ def test_a_value_head_is_trained_in_rounds_by_train_value(command, files, tmp_pa
     assert Head.from_pretrained(tmp_path).config.hidden_size == 16
 
 
+def test_sigterm_ends_a_training_without_a_traceback(rollouts, tmp_path):
+    command = [sys.executable, "-m", "hf_recontrol", "train", "--rollouts", rollouts, "--output_dir", str(tmp_path)]
+    options = ("--num_train_epochs", "100000", "--use_cpu", "--save_steps", "50")
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert "Traceback" not in error
+
+
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # Trainer's, beside conftest's environment
 def test_a_head_is_pushed_where_that_is_asked_for(command, rollouts, tmp_path, hub):
     more = ("--push_to_hub", "--hub_model_id", "user/head", "--hub_token", TOKEN)
-    command("train", "--rollouts", rollouts, "--output_dir", tmp_path, *QUIET, *more)
+    with pytest.warns(UserWarning, match="'./model' is not the id of a Hub repository"):
+        command("train", "--rollouts", rollouts, "--output_dir", tmp_path, *QUIET, *more)
     assert Head.from_pretrained("user/head", token=TOKEN).config.hidden_size == 16
 
 

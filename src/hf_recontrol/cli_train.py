@@ -4,6 +4,7 @@ import contextlib
 import copy
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,22 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
         trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "last") else resume)
         metrics = head.config.info["evaluation"]
     else:
-        metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+        metrics = _evaluate(trainer)
         if model is not None:
             calibrate(head, model, sample_states(held_out, seed=args.seed))
     beside = {}
     if options.kind == "control":
-        constant = fit_constant_control(answers, model, beta=args.beta, td_lambda=args.td_lambda)
+        constant = _new_head(replace(options, kind="constant"), args, answers, model)
         other = RecontrolTrainer(constant, args, train_dataset=answers, eval_dataset=held_out, base_model=model)
-        beside = {name.removeprefix("eval_"): value for name, value in other.evaluate().items()}
+        beside = _evaluate(other)
     _save(head, args)
     if args.push_to_hub:
         trainer.push_to_hub()
     _report(options.kind, metrics, beside, len(held_out), args.output_dir)
+
+
+def _evaluate(trainer: RecontrolTrainer) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
 
 
 def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
