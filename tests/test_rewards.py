@@ -2,14 +2,20 @@
 
 import asyncio
 import functools
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerState
 
+from hf_recontrol import RolloutDataset, collect_rollouts, reward_calls
 from hf_recontrol.errors import CollectError
+from hf_recontrol.reward_calls import Failures
 from hf_recontrol.rewards import Rewards
 
 TEMPLATE = "{{ '<s>' }}{% for m in messages %}{{ ' ' + m['content'] + ' </s>' }}{% endfor %}"
@@ -181,12 +187,191 @@ def test_any_real_numbers_are_taken_as_floats(returned):
     assert all(type(reward) is float for reward in total)
 
 
-def test_an_error_of_a_reward_function_comes_through_as_it_is():
-    def broken(**kwargs):
-        raise ZeroDivisionError("mine")
+@pytest.fixture
+def hurry(monkeypatch):
+    """No pauses between tries."""
+    monkeypatch.setattr(reward_calls, "PAUSE", 0.0)
 
-    with pytest.raises(ZeroDivisionError, match="mine"):
-        score(broken)
+
+def flaky(fails, error=ZeroDivisionError):
+    """A function that raises at its first `fails` calls; its calls; and the same as async."""
+    calls = []
+
+    def reward(completions, log_extra, **kwargs):
+        calls.append(completions.copy())
+        completions.clear()  # what it does to its lists is its own affair
+        log_extra("try", [len(calls)] * 3)
+        if len(calls) <= fails:
+            raise error("mine")
+        return [1.0] * 3
+
+    async def reward_async(**kwargs):
+        return reward(**kwargs)
+
+    return reward, calls, reward_async
+
+
+@pytest.mark.parametrize("kind", ["sync", "in a thread", "async"])
+def test_a_function_that_raises_is_called_again_as_at_first(hurry, kind):
+    reward, calls, reward_async = flaky(2)
+    rewards = Rewards(reward_async if kind == "async" else reward, timeout=60 if kind == "in a thread" else None)
+    result = rewards(PROMPTS, COMPLETIONS, IDS)
+    assert (result.total, result.errors) == ([1.0] * 3, {})
+    assert calls == [COMPLETIONS] * 3
+    assert result.logged == {"try": [3] * 3}  # of the try that came through
+
+
+@pytest.mark.parametrize("kind", ["sync", "in a thread", "async"])
+def test_after_the_retries_the_error_is_the_cause_of_ours(hurry, kind):
+    reward, calls, reward_async = flaky(9)
+    rewards = Rewards(
+        reward_async if kind == "async" else reward, timeout=60 if kind == "in a thread" else None, retries=1
+    )
+    with pytest.raises(CollectError, match=r"'reward\w*' failed on 3 answers.*ZeroDivisionError: mine") as raised:
+        rewards(PROMPTS, COMPLETIONS, IDS)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_an_interrupt_is_no_failure(interrupt, timeout):
+    reward, calls, _ = flaky(9, interrupt)
+    with pytest.raises(interrupt):
+        Rewards(reward, timeout=timeout)(PROMPTS, COMPLETIONS, IDS)
+    assert len(calls) == 1
+
+
+def test_the_pauses_between_tries_grow(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(reward_calls.time, "sleep", pauses.append)
+    Rewards(flaky(3)[0], retries=3)(PROMPTS, COMPLETIONS, IDS)
+    assert pauses == [0.0, 0.5, 1.0, 2.0]
+
+
+def test_a_function_that_hangs_is_given_up_and_tried_again(hurry):
+    release, late = threading.Event(), []
+
+    def hangs(completions, log_extra, **kwargs):
+        late.append(None)
+        if len(late) == 1:
+            release.wait(60)
+            log_extra("late", [1] * 3)  # by the abandoned thread: it must not reach the table
+        return [1.0] * 3
+
+    start = time.monotonic()
+    result = Rewards(hangs, timeout=0.2)(PROMPTS, COMPLETIONS, IDS)
+    release.set()
+    assert (result.total, result.logged) == ([1.0] * 3, {})
+    assert time.monotonic() - start < 10
+
+
+def test_an_async_function_that_hangs_is_cancelled(hurry):
+    cancelled = []
+
+    async def hangs(**kwargs):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(None)
+            raise
+
+    with pytest.raises(CollectError, match=r"'hangs' failed .* TimeoutError: no rewards within 0.1 s"):
+        Rewards(hangs, timeout=0.1, retries=1)(PROMPTS, COMPLETIONS, IDS)
+    assert len(cancelled) == 2
+
+
+def test_the_process_can_end_while_a_function_hangs():
+    code = (
+        "import time; from hf_recontrol.rewards import Rewards\n"
+        "try: Rewards(lambda **kw: time.sleep(600), timeout=0.1, retries=0)(['a'], ['b'], [[1]])\n"
+        "except RuntimeError as error: print(error)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "no rewards within 0.1 s" in process.stdout
+
+
+def test_a_failed_function_leaves_no_sum_of_the_others(hurry):
+    rewards, failures = Rewards([one, flaky(9)[0]], retries=0), Failures(planned=600)
+    result = rewards(PROMPTS, COMPLETIONS, IDS, failures=failures)
+    assert result.total == [None] * 3
+    assert result.per_function == {"one": [1.0] * 3, "reward": [None] * 3}
+    assert result.errors == {"reward": "ZeroDivisionError: mine"}
+    assert failures.answers == {"reward": 3}
+
+
+def test_up_to_five_percent_of_the_answers_may_fail_and_not_one_more(caplog):
+    failures = Failures(planned=200)
+    failures.count("good", 5, None)
+    failures.count("reward", 5, None)
+    for _ in range(2):
+        failures.count("reward", 5, ValueError("503"))
+    assert "'reward' failed on a batch of 5 answers" in caplog.text
+    with pytest.raises(CollectError, match=r"'reward' failed on 15 answers, of 200 .* ValueError: 503.* call again"):
+        failures.count("reward", 5, ValueError("503"))
+
+
+def test_a_function_that_never_scores_ends_the_collecting_early():
+    failures = Failures(planned=10**6)
+    for _ in range(2):
+        failures.count("reward", 5, ValueError("503"))
+    with pytest.raises(CollectError, match="has scored none yet"):
+        failures.count("reward", 5, ValueError("503"))
+
+
+def test_a_wrong_return_is_not_tried_again():
+    calls = []
+
+    def short(**kwargs):
+        calls.append(None)
+        return [1.0]
+
+    with pytest.raises(CollectError, match="returned 1 rewards for 3"):
+        Rewards(short)(PROMPTS, COMPLETIONS, IDS)
+    assert len(calls) == 1
+
+
+def test_a_batch_that_failed_is_in_the_table_with_its_error_and_not_in_the_dataset(tmp_path, hurry):
+    calls = []
+
+    def reward(prompts, completions, **kwargs):
+        calls.append(prompts)
+        if "w7" in prompts:
+            raise ConnectionError("503\nService Unavailable")
+        return [1.0] * len(completions)
+
+    prompts = [f"w{i}" for i in range(5, 46)]
+    options = {"block_size": 2, "max_new_tokens": 2, "progress": False}
+    dataset = collect_rollouts(tiny_model(), tiny_tokenizer(), prompts, Rewards(reward, retries=1), tmp_path, **options)
+    failed = [row for row in dataset.rows() if row["errors"]]
+    assert [row["prompt"] for row in failed] == ["w7", "w8"]
+    assert all(row["errors"] == {"reward": "ConnectionError: 503 Service Unavailable"} for row in failed)
+    assert all(row["reward"] is None and row["rewards"] == {"reward": None} for row in failed)
+    assert len(dataset) == 39
+    assert len(calls) == 21 + 1  # the retry
+
+
+def test_too_many_failures_end_the_collecting_and_what_is_committed_goes_on(tmp_path, hurry):
+    broken = [False]
+
+    def reward(prompts, completions, **kwargs):
+        if "w7" in prompts and broken[0]:
+            raise ConnectionError("503")
+        return [1.0] * len(completions)
+
+    prompts, options = ["w5", "w6", "w7", "w8"], {"block_size": 2, "max_new_tokens": 2, "progress": False}
+    broken[0] = True
+    with pytest.raises(CollectError, match="'reward' failed on 2 answers, of 4"):
+        collect_rollouts(tiny_model(), tiny_tokenizer(), prompts, reward, tmp_path, **options)
+    assert len(RolloutDataset(tmp_path)) == 2
+    broken[0] = False
+    assert len(collect_rollouts(tiny_model(), tiny_tokenizer(), prompts, reward, tmp_path, **options)) == 4
+
+
+@pytest.mark.parametrize("options", [{"timeout": 0}, {"timeout": float("inf")}, {"retries": -1}, {"retries": 1.5}])
+def test_timeouts_and_retries_out_of_bounds_are_refused(options):
+    with pytest.raises(ValueError, match="expected are seconds > 0 or None, and an integer ≥ 0"):
+        Rewards(one, **options)
 
 
 def test_what_a_function_logs_goes_into_columns():

@@ -169,7 +169,7 @@ class Interrupt:
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_interrupted_run_is_resumed_bit_for_bit(tmp_path, at):
-    collect(tmp_path / "unbroken")
+    collect(tmp_path / "unbroken", reward=Interrupt(3))
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path / "broken", reward=Interrupt(at))
     if at:
@@ -180,17 +180,18 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(tmp_path, at):
     assert counted.at == 0
 
 
-def _collect_slowly(folder):
-    def length(completions, **kwargs):
-        time.sleep(0.1)
-        return [float(len(completion.split())) for completion in completions]
+def slow_length(completions, **kwargs):
+    time.sleep(0.1)
+    return length(completions)
 
+
+def _collect_slowly(folder):
     torch.set_num_threads(1)
-    collect(folder, PROMPTS * 3, reward=length)
+    collect(folder, PROMPTS * 3, reward=slow_length)
 
 
 def test_kill_9_costs_the_block_in_flight_and_nothing_else(tmp_path):
-    collect(tmp_path / "unbroken", PROMPTS * 3)
+    collect(tmp_path / "unbroken", PROMPTS * 3, reward=slow_length)
     process = multiprocessing.get_context("fork").Process(target=_collect_slowly, args=(tmp_path / "killed",))
     process.start()
     deadline = time.monotonic() + 30
@@ -200,7 +201,7 @@ def test_kill_9_costs_the_block_in_flight_and_nothing_else(tmp_path):
     process.join()
     kept = (tmp_path / "killed" / "manifest.jsonl").read_bytes()
     assert 2 <= kept.count(b"\n") - 1 < 9
-    collect(tmp_path / "killed", PROMPTS * 3)
+    collect(tmp_path / "killed", PROMPTS * 3, reward=slow_length)
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
 
@@ -440,7 +441,7 @@ def test_wrong_arguments_are_refused_at_the_door(tmp_path, monkeypatch, change, 
 
 
 def test_a_wrong_reward_stops_the_run_and_keeps_what_was_committed(tmp_path):
-    calls = iter(range(3))
+    calls = iter(range(4))
 
     def length(completions, **kwargs):
         return [1.0] if next(calls) == 1 else [float(len(completion.split())) for completion in completions]
@@ -448,7 +449,7 @@ def test_a_wrong_reward_stops_the_run_and_keeps_what_was_committed(tmp_path):
     with pytest.raises(CollectError, match="'length' returned 1 rewards for 2 completions"):
         collect(tmp_path, reward=length)
     assert [row["prompt_id"] for row in rows(tmp_path)] == [0, 1]
-    collect(tmp_path)
+    collect(tmp_path, reward=length)
     assert [row["prompt_id"] for row in rows(tmp_path)] == list(range(6))
 
 

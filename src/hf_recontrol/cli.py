@@ -1,4 +1,4 @@
-"""hf-recontrol: the demo, steered text from any model or a server, calibration, and what a head's folder holds."""
+"""hf-recontrol: rollouts, heads trained on them and calibrated, steered text, also from a server, and a demo."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_rollouts import rollouts
+from .cli_train import train
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 
 USER_ERRORS = (
@@ -20,9 +22,18 @@ USER_ERRORS = (
     ValueError,
     OSError,
     ImportError,
+    FloatingPointError,
 )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help=__doc__,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --output_dir is --output-dir
+)
+app.command()(rollouts)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 StepSize = Annotated[float | None, typer.Option(help="α of a value head; its own where not given.")]
 Scale = Annotated[float | None, typer.Option(help="What a control head's u is multiplied by; its own where not given.")]

@@ -2,32 +2,26 @@
 
 import asyncio
 import inspect
-import json
 import math
 import os
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config_checks import shown
 from .errors import CollectError
+from .fingerprints import code_sha256
+from .reward_calls import Failures, Outcome, RewardCall, described
+from .reward_models import RewardModel, reward_model, short_name
+from .reward_models import Text as Text  # it belongs to what is imported from here
 
 R = TypeVar("R")
-Text = str | list[dict[str, Any]]
 RewardFunc = (
     str | os.PathLike[str] | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase] | Callable[..., Any]
 )
@@ -39,11 +33,14 @@ class RewardResult:
     """What the reward functions said of a batch of completions."""
 
     total: list[float | None]
-    """Weighted sum over the functions that gave a reward; None where none did."""
+    """Weighted sum over the functions that gave a reward; None where none did, and where a function failed: without its
+    part the sum would be another reward."""
     per_function: dict[str, list[float | None]]
     """Each function's own, unweighted."""
     logged: dict[str, list[Any]]
     """Columns from log_extra, and values from log_metric repeated for each completion."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Class and message of the last error, for each function that failed on this batch."""
 
 
 class Rewards:
@@ -57,19 +54,27 @@ class Rewards:
     Departs from TRL where the letter would harm: plain texts get the classifier's special tokens, as its training gave
     it (message lists do not: their template has them); and the caller's models and tokenizers are left as they were.
 
+    A callable that raises or overruns its time is tried again, after 0.5 s, 1 s, 2 s, … An async one is cancelled when
+    it overruns; another one runs, where there is a timeout, in a thread that is then abandoned: no Python thread can be
+    killed, so what it does goes on beside the next try, until it ends or the process does. A wrong return, an error of
+    a model, Ctrl-C and SystemExit are not tried again.
+
     Args:
         reward_funcs: a Hub id or folder of a sequence classifier, such a model (its tokenizer is loaded from its
             `config._name_or_path`), a (model, tokenizer) pair, a callable, or a list of these. Ids are downloaded here.
         reward_weights: one for each function; 1 where None.
         device: where models named by id are put; None is the CPU. A model object stays where it is.
         batch_size: texts per forward of a model.
+        timeout: seconds that a callable may take for a batch, > 0; None is as long as it likes.
+        retries: how often a callable is tried again on the same batch, ≥ 0.
 
     Attributes:
         names: of the functions, each once: a callable's `__name__`, the last part of a model's id.
         weights: of the functions.
 
     Raises:
-        ValueError: no function, a wrong number of weights, or a model that does not end in one trained score.
+        ValueError: no function, a wrong number of weights, a timeout or retries out of bounds, or a model that does not
+            end in one trained score.
         TypeError: something else than the above.
     """
 
@@ -80,6 +85,8 @@ class Rewards:
         *,
         device: torch.device | str | None = None,
         batch_size: int = 64,
+        timeout: float | None = None,
+        retries: int = 2,
     ):
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self.weights = (
@@ -90,6 +97,11 @@ class Rewards:
                 f"There are {len(functions)} reward functions and the weights {reward_weights}; expected are one "
                 "function or more, and as many finite weights. Leave reward_weights out to weigh all by 1."
             )
+        if (timeout is not None and not 0 < timeout < math.inf) or type(retries) is not int or retries < 0:
+            raise ValueError(
+                f"timeout is {timeout!r} and retries {retries!r}; expected are seconds > 0 or None, and an integer ≥ 0."
+            )
+        self.timeout, self.retries = timeout, retries
         self._functions = [_as_function(function, device, batch_size) for function in functions]
         self.names = _unique([_name(function) for function in self._functions])
         self._runner = asyncio.Runner()  # one loop for all calls: clients that a function keeps open are bound to it
@@ -98,11 +110,24 @@ class Rewards:
     def check(self, *, conversational: bool) -> None:
         """Raise ValueError if a model cannot read such prompts. For the door, before anything is generated."""
         for name, function in zip(self.names, self._functions, strict=True):
-            if conversational and isinstance(function, _Classifier) and function.tokenizer.chat_template is None:
+            if conversational and isinstance(function, RewardModel) and function.tokenizer.chat_template is None:
                 raise ValueError(
                     f"The prompts are message lists, but the tokenizer of the reward model {name!r} has no chat "
                     "template. Set one, or give plain texts as prompts."
                 )
+
+    def facts(self) -> dict[str, Any]:
+        """What the rewards are, in plain JSON, for a store's fingerprint: the same in another process.
+
+        Returns:
+            "rewards": {name: weight}; "reward_functions": for each name {"code_sha256"} of a callable (see code_sha256
+            for what it cannot see), {"model", "revision", "weights_sample_sha256"} of a model.
+        """
+        functions = {
+            name: function.facts() if isinstance(function, RewardModel) else {"code_sha256": code_sha256(function)}
+            for name, function in zip(self.names, self._functions, strict=True)
+        }
+        return {"rewards": dict(zip(self.names, self.weights, strict=True)), "reward_functions": functions}
 
     def __call__(
         self,
@@ -110,6 +135,8 @@ class Rewards:
         completions: Sequence[Text],
         completion_ids: Sequence[list[int]],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        failures: Failures | None = None,
     ) -> RewardResult:
         """Score completions.
 
@@ -118,23 +145,44 @@ class Rewards:
             completions: texts, or [{"role": "assistant", "content": text}].
             completion_ids: token ids of each, without padding.
             columns: further columns for the callables, each as long.
+            failures: counts the batches that a function failed on, whose rewards are then None. Where None, the first
+                one is an error.
 
         Raises:
-            CollectError: a function returned something else than one finite number or None for each completion.
+            CollectError: a function returned something else than one finite number or None for each completion, or
+                failed (its own error is the cause).
         """
-        logged: dict[str, list[Any]] = {}
-        reserved = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
+        count = len(prompts)
+        reserved: dict[str, list[Any]] = {
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": list(completion_ids),
+        }
         arguments = {name: list(column) for name, column in (columns or {}).items()} | reserved
-        calls: dict[str, Callable[[], Any]] = {}
+        outcomes = self._outcomes(arguments, count)
+        failures = failures or Failures(planned=count)
+        result = RewardResult([], {}, {})
+        for name in self.names:
+            outcome = outcomes[name]
+            failures.count(name, count, outcome.error)
+            result.logged.update(outcome.logged)
+            if outcome.error is not None:
+                result.errors[name] = described(outcome.error)
+            result.per_function[name] = [None] * count if outcome.error else _checked(name, outcome.rewards, count)
+        result.total.extend([None] * count if result.errors else self._weigh(result.per_function, count))
+        return result
+
+    def _outcomes(self, arguments: Mapping[str, Sequence[Any]], count: int) -> dict[str, Outcome]:
+        outcomes, waiting = {}, []
         for name, function in zip(self.names, self._functions, strict=True):
-            log_extra = partial(_log_extra, logged, len(prompts), name)
-            log_metric = partial(_log_metric, logged, len(prompts), name)
-            own = {"trainer_state": TrainerState(), "log_extra": log_extra, "log_metric": log_metric}
-            calls[name] = partial(function, **arguments, **own)
-        results = {name: call() for name, call in calls.items() if not _is_async(call.func)}  # type: ignore[attr-defined]
-        results |= self._gather({name: call for name, call in calls.items() if name not in results})
-        checked = {name: _checked(name, results[name], len(prompts)) for name in self.names}
-        return RewardResult(self._weigh(checked, len(prompts)), checked, logged)
+            call = RewardCall(name, function, arguments, count, self.timeout, self.retries)
+            if isinstance(function, RewardModel):
+                outcomes[name] = Outcome(function(**arguments))
+            elif _is_async(function):
+                waiting.append(call)
+            else:
+                outcomes[name] = call.run()
+        return outcomes | self._gather(waiting)
 
     def _weigh(self, rewards: Mapping[str, list[float | None]], count: int) -> list[float | None]:
         total: list[float | None] = [None] * count
@@ -144,13 +192,12 @@ class Rewards:
                     total[i] = (total[i] or 0.0) + weight * reward
         return total
 
-    def _gather(self, waiting: Mapping[str, Callable[[], Awaitable[Any]]]) -> dict[str, Any]:
-        async def gather() -> list[Any]:
-            return await asyncio.gather(*(call() for call in waiting.values()))
+    def _gather(self, calls: list[RewardCall]) -> dict[str, Outcome]:
+        async def gather() -> list[Outcome]:
+            return await asyncio.gather(*(call.run_async() for call in calls))
 
-        if not waiting:
-            return {}
-        return dict(zip(waiting, _outside_loops(lambda: self._runner.run(gather())), strict=True))
+        outcomes = _outside_loops(lambda: self._runner.run(gather())) if calls else []
+        return {call.name: outcome for call, outcome in zip(calls, outcomes, strict=True)}
 
 
 def _outside_loops(function: Callable[[], R]) -> R:
@@ -163,99 +210,21 @@ def _outside_loops(function: Callable[[], R]) -> R:
         return pool.submit(function).result()
 
 
-class _Classifier:
-    """A sequence classifier as a callable: one score for each prompt + completion."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
-        if getattr(model.config, "num_labels", None) != 1:
-            raise ValueError(
-                f"The reward model {_model_name(model)!r} has {getattr(model.config, 'num_labels', 'no')} labels; a "
-                "reward is one score. Load it with AutoModelForSequenceClassification.from_pretrained(…, "
-                "num_labels=1), or wrap it in a function that returns one float for each completion."
-            )
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.pad_token_id = 0 if pad is None else pad
-
-    def __call__(self, *, prompts: Sequence[Text], completions: Sequence[Text], **unread: object) -> list[float]:
-        rows = [self._token_ids(*pair) for pair in zip(prompts, completions, strict=True)]
-        modes = [(module, module.training) for module in self.model.modules()]
-        config_pad = self.model.config.pad_token_id
-        try:
-            self.model.train(False)
-            self.model.config.pad_token_id = self.pad_token_id  # the model finds a row's last token by it
-            scores = []
-            for start in range(0, len(rows), self.batch_size):
-                scores += self._scores(rows[start : start + self.batch_size])
-            return scores
-        finally:
-            self.model.config.pad_token_id = config_pad
-            for module, training in modes:
-                module.training = training
-
-    @torch.no_grad()
-    def _scores(self, rows: list[list[int]]) -> list[float]:
-        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
-        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-        input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.pad_token_id)
-        device = self.model.device
-        logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
-        scores: list[float] = logits[:, 0].float().tolist()
-        return scores
-
-    def _token_ids(self, prompt: Text, completion: Text) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids: list[int] = self.tokenizer(prompt + str(completion))["input_ids"]
-        else:
-            text = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-            token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote them
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and len(token_ids) > longest:
-            raise CollectError(
-                f"A prompt with its completion has {len(token_ids)} tokens, but the reward model "
-                f"{_model_name(self.model)!r} reads {longest}. Shorten the prompts or lower max_new_tokens."
-            )
-        return token_ids
-
-
-def _as_function(function: object, device: torch.device | str | None, batch_size: int) -> Callable[..., Any]:
-    if isinstance(function, (str, os.PathLike)):
-        name = os.fspath(function)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True
+def _as_function(function: Any, device: torch.device | str | None, batch_size: int) -> Callable[..., Any]:
+    model = reward_model(function, device, batch_size)
+    if model is None and not callable(function):
+        raise TypeError(
+            f"A reward function is {shown(function)}; expected is a Hub id, a folder, a sequence classifier, a pair "
+            "(model, tokenizer), a callable, or a list of these."
         )
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{name!r} is not a reward model: it has no weights for {shown(sorted(loading['missing_keys']))}, and "
-                "random ones would give random rewards. Give a trained sequence classifier with one label."
-            )
-        return _Classifier(model.to(device or "cpu"), AutoTokenizer.from_pretrained(name), batch_size)
-    if isinstance(function, tuple) and len(function) == 2 and isinstance(function[0], PreTrainedModel):
-        return _Classifier(function[0], function[1], batch_size)
-    if isinstance(function, PreTrainedModel):
-        if not function.config._name_or_path:
-            raise ValueError(
-                "The reward model's config says not where it came from, so its tokenizer cannot be loaded. Give the "
-                "pair (model, tokenizer)."
-            )
-        return _Classifier(function, AutoTokenizer.from_pretrained(function.config._name_or_path), batch_size)
-    if callable(function):
-        return function
-    raise TypeError(
-        f"A reward function is {shown(function)}; expected is a Hub id, a folder, a sequence classifier, a pair "
-        "(model, tokenizer), a callable, or a list of these."
-    )
+    return model or function
 
 
 def _name(function: Callable[..., Any]) -> str:
-    if isinstance(function, _Classifier):
-        return _model_name(function.model)
+    if isinstance(function, RewardModel):
+        return short_name(function.model)
     name: str = getattr(function, "__name__", type(function).__name__)
     return name
-
-
-def _model_name(model: PreTrainedModel) -> str:
-    return model.config._name_or_path.rstrip("/").split("/")[-1] or type(model).__name__
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -299,33 +268,3 @@ def _is_finite(number: Real) -> bool:
         return math.isfinite(number)
     except OverflowError:  # an integer beyond float
         return False
-
-
-def _log_extra(logged: dict[str, list[Any]], count: int, name: str, column: str, values: Sequence[Any]) -> None:
-    values = list(values)
-    if len(values) != count:
-        raise CollectError(
-            f"The reward function {name!r} logged {len(values)} values as {column!r} for {count} completions; "
-            "expected is one for each."
-        )
-    logged[column] = [_plain(name, column, value) for value in values]
-
-
-def _log_metric(logged: dict[str, list[Any]], count: int, name: str, metric: str, value: float) -> None:
-    logged[metric] = [_plain(name, metric, value)] * count
-
-
-def _plain(name: str, column: str, value: Any) -> Any:
-    """The value as JSON has it: numpy's and torch's scalars as Python's, NaN and infinities as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CollectError(
-            f"The reward function {name!r} logged {shown(value)} as {column!r}, which does not go into a table of "
-            f"JSON: {shown(str(error))}. Log numbers, texts, or lists and dicts of them."
-        ) from error
-    return value

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from .control import Controller
 from .errors import CollectError
 from .forwards import generate_with_hidden_states
+from .reward_calls import Failures
 from .rewards import Rewards, Text
 
 
@@ -31,6 +33,11 @@ class Collector:
     stop_strings: list[str]
     generation: dict[str, Any]
     controller: Controller | None = None
+
+    @cached_property
+    def failures(self) -> Failures:
+        """Counts the batches that a reward function failed on. They are committed without a reward, and stay so."""
+        return Failures(planned=len(self.prompts) * self.num_return_sequences)
 
     def checked_token_ids(self) -> Iterator[list[int]]:
         """Of each prompt; raises if one is empty, or leaves its answer no room in the model's context."""
@@ -67,7 +74,7 @@ class Collector:
         """Put the rewards into the rows; (answers,) in float64, NaN where there is none."""
         columns = {name: [column[row["prompt_id"]] for row in rows] for name, column in self.columns.items()}
         prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        result = self.rewards(prompts, completions, completion_ids, columns)
+        result = self.rewards(prompts, completions, completion_ids, columns, failures=self.failures)
         taken = sorted(result.logged.keys() & rows[0].keys())
         if taken:
             raise CollectError(
@@ -76,6 +83,7 @@ class Collector:
         for i, row in enumerate(rows):
             row["reward"] = result.total[i]
             row["rewards"] = {name: column[i] for name, column in result.per_function.items()}
+            row["errors"] = result.errors
             row |= {name: column[i] for name, column in result.logged.items()}
         return torch.tensor([math.nan if reward is None else reward for reward in result.total], dtype=torch.float64)
 
@@ -93,6 +101,7 @@ class Collector:
             "token_ids": token_ids,
             "reward": None,
             "rewards": {},
+            "errors": {},
             "finish_reason": finish,
             "length": len(token_ids),
         }

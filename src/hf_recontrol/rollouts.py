@@ -121,7 +121,7 @@ def collect_rollouts(
         "block_size": block_size,
         "drop_truncated": drop_truncated,
         "seed": seed,
-        "rewards": dict(zip(reward_funcs.names, reward_funcs.weights, strict=True)),
+        **reward_funcs.facts(),
         "hf_recontrol_version": package_version(),
     }
     if controller is not None:

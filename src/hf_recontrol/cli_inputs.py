@@ -1,0 +1,95 @@
+"""What `rollouts` and `train` are given on the command line: a model and rewards; and how SIGTERM ends them."""
+
+import os
+import runpy
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from .rewards import RewardFunc, Rewards
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+def language_model(
+    name: str, *, dtype: str = "auto", device: Any = None, revision: str | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer), the model on its device; without the bars of loading."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+    return model.to(device or own_device()).eval(), tokenizer
+
+
+def own_device() -> str:
+    """This process's accelerator, of which `accelerate launch` and torchrun give each one; the CPU without any."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def reward_functions(
+    named: Sequence[str],
+    weights: Sequence[float] | None,
+    *,
+    device: Any = None,
+    timeout: float | None = None,
+    retries: int = 2,
+) -> Rewards:
+    """From --reward, each: a sequence classifier, or file.py:function."""
+    functions: list[RewardFunc] = [_reward_function(text) for text in named]
+    return Rewards(functions, list(weights) if weights else None, device=device, timeout=timeout, retries=retries)
+
+
+def _reward_function(text: str) -> RewardFunc:
+    path, _, name = text.rpartition(":")
+    if text.endswith(".py"):
+        raise ValueError(f"--reward is {text!r}, a file; name the function in it: {text}:reward.")
+    if not path.endswith(".py"):
+        return text
+    if not os.path.isfile(path):
+        raise ValueError(f"--reward is {text!r}, but there is no file {path!r}. Give file.py:function.")
+    # As `python file.py` would: the user's own file, which the user names on this command line. No dataset, config.json
+    # or other data is ever asked for the name of a reward.
+    found = runpy.run_path(path)
+    if not callable(found.get(name)):
+        functions = sorted(key for key, value in found.items() if callable(value) and not key.startswith("_"))
+        raise ValueError(f"--reward is {text!r}, but {path} has no function {name!r}. It has {functions}.")
+    function: RewardFunc = found[name]
+    return function
+
+
+@contextmanager
+def ends_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is in it as SystemExit(143) does: what was committed is kept, and no traceback is shown."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals nowhere else
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(TERMINATED)

@@ -1,0 +1,166 @@
+"""hf-recontrol rollouts, from files on the disk to a folder of rollouts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from saved import NO_PROMPTS, save_all, stand_in
+from transformers.utils import logging
+
+from hf_recontrol import RolloutDataset
+
+SMALL = ("--max-new-tokens", "6", "--block-size", "10")
+
+
+@pytest.fixture(autouse=True)
+def prompts_module(monkeypatch):
+    if NO_PROMPTS:
+        monkeypatch.setitem(sys.modules, "hf_recontrol.prompts", stand_in())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return save_all(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def given(files):
+    return ("--model", files.model, "--dataset", files.prompts, "--reward", f"{files.rewards}:two_words")
+
+
+def test_rollouts_are_collected_and_summed_up(command, files, given, tmp_path):
+    printed = command("rollouts", *given, "--output-dir", tmp_path, *SMALL, "--num-return-sequences", 2)
+    made = RolloutDataset(tmp_path)
+    assert len(made) == 80
+    assert "80 answers" in printed
+    assert f"80 of them have states and a reward, mean reward {made.rewards.mean():.4g}" in printed
+    assert made.fingerprint["rewards"] == {"two_words": 1.0}
+    assert made.fingerprint["generation"]["max_new_tokens"] == 6
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    assert "80 answers" in command("rollouts", *given, "--output-dir", tmp_path, *SMALL, "--num-return-sequences", 2)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+def test_every_setting_arrives_and_underscores_are_dashes(command, files, given, tmp_path):
+    more = {
+        "--top_p": "0.9",
+        "--top-k": "5",
+        "--temperature": "0.7",
+        "--seed": "3",
+        "--stop_strings": "w7",
+        "--generation_kwargs": '{"repetition_penalty": 1.5}',
+        "--limit": "5",
+        "--dtype": "bfloat16",
+        "--device": "cpu",
+        "--reward": files.judge,
+    }
+    options = [part for pair in more.items() for part in pair]
+    weights = ("--reward_weights", "0.5", "--reward-weights", "2")
+    command("rollouts", *given, "--output_dir", tmp_path, *SMALL, *options, *weights, "--drop_truncated")
+    found = RolloutDataset(tmp_path).fingerprint
+    expected = {"top_p": 0.9, "top_k": 5, "temperature": 0.7, "stop_strings": ["w7"], "repetition_penalty": 1.5}
+    assert found["generation"].items() >= expected.items()
+    assert (found["seed"], found["prompts"], found["dtype"], found["drop_truncated"]) == (3, 5, "bfloat16", True)
+    assert found["rewards"] == {"two_words": 0.5, "judge": 2.0}
+
+
+def test_what_only_some_need_is_passed_by_name(command, given, tmp_path, monkeypatch):
+    seen = {}
+
+    def collect(*args, **settings):
+        seen.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("hf_recontrol.cli_rollouts.collect_rollouts", collect)
+    options = ("--features_from", "dataset", "--max_prompt_tokens", "9")
+    command("rollouts", *given, "--output_dir", tmp_path, *options, status=2)
+    assert (seen["features_from"], seen["max_prompt_tokens"]) == ("dataset", 9)
+
+
+def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(command, given, tmp_path):
+    folder = tmp_path / "rollouts"
+    printed = command("rollouts", *given, "--output-dir", folder, *SMALL, "--num-return-sequences", 3, "--dry-run")
+    assert "40, in 4 blocks" in printed
+    assert "tokens, at most 720" in printed  # 40 · 3 · 6
+    assert f"disk, at most   {720 * (16 * 4 + 8) / 1024:.3g} KiB" in printed
+    assert "one batch of 8 prompts: 24 answers, 144 tokens" in printed
+    assert "at that speed" in printed
+    assert not folder.exists()
+
+
+def test_a_bar_shows_the_rate(command, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    monkeypatch.setattr(logging.hf_hub_utils, "enable_progress_bars", lambda: None)  # conftest's environment forbids it
+    bars = []
+    monkeypatch.setattr(logging, "tqdm", _spy(logging.tqdm, bars))
+    command("rollouts", *given, "--output-dir", tmp_path / "a", *SMALL)
+    command("rollouts", *given, "--output-dir", tmp_path / "b", *SMALL, "--no-progress")
+    assert [bar.get("disable") for bar in bars if bar.get("unit") == "answer"] == [False, True]
+    assert logging.is_progress_bar_enabled()
+
+
+def _spy(tqdm, seen):
+    def made(*args, **kwargs):
+        seen.append(kwargs)
+        return tqdm(*args, **kwargs)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--reward": "FILE"}, "name the function in it"),
+        ({"--reward": "FILE:three_words"}, "has no function 'three_words'. It has ['broken', 'slow', 'two_words']"),
+        ({"--reward": "FILE:NUMBER"}, "has no function 'NUMBER'"),
+        ({"--reward": "nowhere.py:reward"}, "there is no file 'nowhere.py'"),
+        ({"--reward": "MODEL"}, "not a reward model"),
+        ({"--reward": "FILE:broken", "--retries": "0"}, "'broken' failed on 10 answers, of 40"),
+        ({"--model": "no/such-folder/here"}, "no/such-folder/here"),
+        ({"--generation-kwargs": "[1]"}, "must be a JSON object"),
+        ({"--generation-kwargs": "{"}, "is no JSON"),
+        ({"--top-p": "2"}, "0 < top_p ≤ 1"),
+        ({"--timeout": "0"}, "expected are seconds > 0"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(command, files, tmp_path, change, words):
+    options = {"--model": files.model, "--dataset": files.prompts, "--reward": files.judge} | change
+    put = {"FILE": files.rewards, "MODEL": files.model}
+    arguments = [text for pair in options.items() for text in pair]
+    for short, path in put.items():
+        arguments = [text.replace(short, path) for text in arguments]
+    error = command("rollouts", *arguments, "--output-dir", tmp_path, *SMALL, status=2).strip().splitlines()
+    assert words in error[-1]
+    assert sum(line.startswith("hf-recontrol:") for line in error) == 1
+
+
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+if {stand_in!r}:
+    from saved import stand_in
+    sys.modules["hf_recontrol.prompts"] = stand_in()
+from hf_recontrol.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_without_a_traceback_and_the_same_command_goes_on(
+    command, files, given, tmp_path, signum, status
+):
+    arguments = ("rollouts", *given[:-1], f"{files.rewards}:slow", "--output-dir", str(tmp_path / "out"), *SMALL)
+    code = RUN.format(path=[path for path in sys.path if path], stand_in=NO_PROMPTS)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "block-00001.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signum)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status, error
+    assert "Traceback" not in error
+    assert len(RolloutDataset(tmp_path / "out")) < 40
+    assert "40 answers" in command(*arguments)
