@@ -182,7 +182,7 @@ def _collect_missing(
 ) -> None:
     answers = collector.num_return_sequences
     with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
-        for block, start in enumerate(prompts[::block_size]):
+        for block, start in enumerate(range(0, len(prompts), block_size)):
             prompt_ids = prompts[start : start + block_size]
             if block not in store.committed:
                 with seeded(collector.model.device.type, _block_seed(seed, block)):
