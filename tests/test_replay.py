@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from tiny import tiny_control_head, tiny_head, tiny_model, tiny_tokenizer
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, RobertaConfig
 
 from hf_recontrol import Controller, RolloutDataset, collect_rollouts, enable_recontrol
 from hf_recontrol.control_checks import check_lm_head
@@ -103,15 +103,33 @@ def test_a_head_fitted_to_either_is_the_same(tmp_path, generated):
 
 def other_model(kind):
     torch.manual_seed(0)
+    bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     sizes = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = {
         "gpt2": lambda: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **sizes),
+        "roberta": lambda: RobertaConfig(is_decoder=True, initializer_range=0.3, **bert, **sizes),
         "mamba": lambda: MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **sizes),
     }[kind]()
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_a_model_that_looks_ahead_is_refused_at_the_door(tmp_path):
+    model = tiny_model()
+    forward = model.model.forward
+
+    def looking_ahead(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state + outputs.last_hidden_state[:, -1:]
+        return outputs
+
+    model.model.forward = looking_ahead
+    data = [{"prompt": "w10 w11", "completion": "w40 w41 w42", "reward": 1.0}]
+    with pytest.raises(SteeringNotApplied, match=r"gives other hidden states than generating it, .* of their length"):
+        replay(tmp_path, data, model=model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta", "mamba"])
 def test_padding_reaches_no_state_of_a_model_with_learnt_positions_or_a_recurrent_one(tmp_path, generated, kind):
     data = table(generated, "prompt", "token_ids", "reward")
     together = replay(tmp_path / "together", data, model=other_model(kind), block_size=18)
@@ -219,10 +237,10 @@ def test_drop_truncated_keeps_no_states_of_cut_answers(tmp_path, generated):
 def test_an_interrupted_replay_is_resumed_bit_for_bit(tmp_path, generated, monkeypatch):
     data = table(generated)
     replay(tmp_path / "unbroken", data)
-    calls = iter(range(9))
+    calls = iter(range(11))
 
     def interrupted(*args, **kwargs):
-        if next(calls) == 2:
+        if next(calls) == 3:
             raise KeyboardInterrupt
         return hidden_states_of(*args, **kwargs)
 
@@ -230,7 +248,7 @@ def test_an_interrupted_replay_is_resumed_bit_for_bit(tmp_path, generated, monke
     with pytest.raises(KeyboardInterrupt):
         replay(tmp_path / "broken", data)
     replay(tmp_path / "broken", data)
-    assert next(calls) == 6  # 5 blocks, and one of them twice
+    assert next(calls) == 8  # 5 blocks, one of them twice, and the check at the door of each call
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("broken", "unbroken")]
     assert files[0] == files[1]
 

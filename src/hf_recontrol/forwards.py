@@ -105,7 +105,7 @@ def hidden_states_of(model: PreTrainedModel, **kwargs: Any) -> Tensor:
 
     Args:
         model: a decoder-only transformers model, enabled or not.
-        kwargs: the forward's: input_ids, attention_mask.
+        kwargs: the forward's: input_ids, attention_mask, position_ids.
 
     Returns:
         (rows, positions, hidden_size) in the model's dtype.

@@ -71,7 +71,8 @@ def load_prompts(
     The shapes of TRL's datasets are recognised by their columns:
     - prompt: a text or a list of messages, as it is;
     - messages: the prompt is what stands before an assistant's turn at the end;
-    - chosen and rejected: the prompt is what the two have in common at their beginning.
+    - chosen and rejected: the prompt is what the two have in common at their beginning. Of dialogues in plain text that
+      is often some of the answer too (1 in 5 of hh-rlhf): name their recipe.
 
     Args:
         dataset: a dataset's id on the Hub, a folder (of data files, or written by save_to_disk), a file (.jsonl, .json,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .config_checks import shown
-from .errors import CollectError
-from .forwards import hidden_states_of
+from .errors import CollectError, SteeringNotApplied
+from .forwards import generate_with_hidden_states, hidden_states_of
 from .rewards import RewardFunc, Rewards, Text
-from .rollout_blocks import Answer, Collector
+from .rollout_blocks import GREEDY, Answer, Collector, evaluating
 
 COLUMNS = ("completion", "completion_ids", "token_ids", "prompt_token_ids", "finish_reason")
 OWN_SOFTMAX = "own softmax"
+CHECKED_TOKENS = 4
+SAME_STATES = 0.1  # float32 gives 1e-6, bfloat16 0.01, a model that looks ahead 0.5 to 1.5
 FINISHED = ("eos", "length", "stop", "empty")
 
 
@@ -25,6 +28,41 @@ class Replay(Collector):
 
     given: Mapping[str, Sequence[Any]]
     """Of COLUMNS those that there are, each with a value for each prompt."""
+
+    def fitting(self, max_prompt_tokens: int | None = None) -> tuple[list[int], str]:
+        """As a Collector's, of prompts with their answers.
+
+        Raises:
+            SteeringNotApplied: one forward of this model does not give the states of generating.
+        """
+        fit, digest = super().fitting(max_prompt_tokens)
+        lengths = ((i, len(self._answer_ids(i)[0])) for i in fit)
+        prompt_id, length = next((found for found in lengths if found[1] >= CHECKED_TOKENS), (fit[0], 1))
+        with evaluating(self.model):
+            self._check_states(self._prompt_token_ids(prompt_id), min(length, CHECKED_TOKENS))
+        return fit, digest
+
+    def _check_states(self, prompt: list[int], tokens: int) -> None:
+        """Generate a few tokens and replay them: a model that looks ahead, say, differs."""
+        input_ids = torch.tensor([prompt], device=self.model.device)
+        sequences, generated = generate_with_hidden_states(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            eos_token_id=None,
+            recontrol_value_head=False,
+            **GREEDY,
+        )
+        (replayed,) = self._states([(prompt, sequences[0, len(prompt) :].tolist())])
+        difference = (replayed - generated[0]).float().norm(dim=-1) / generated[0].float().norm(dim=-1)
+        if not bool((difference < SAME_STATES).all()):
+            raise SteeringNotApplied(
+                f"One forward of {type(self.model).__name__} over a text gives other hidden states than generating it, "
+                f"{difference.max():.2g} of their length apart; at most {SAME_STATES} is rounding. This architecture "
+                "cannot be replayed; generate its answers instead."
+            )
 
     def _answer_to(self, prompt_id: int) -> tuple[int, str]:
         token_ids, finish_reason = self._answer_ids(prompt_id)
@@ -42,8 +80,10 @@ class Replay(Collector):
         rows = [torch.tensor((prompt + answer)[: len(prompt) + max(len(answer), 1) - 1]) for prompt, answer in texts]
         input_ids = pad_sequence(rows, batch_first=True)
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        device = self.model.device
-        states = hidden_states_of(self.model, input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" in signature(self.model.forward).parameters:  # as generate() counts; Roberta alone would not
+            inputs["position_ids"] = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        states = hidden_states_of(self.model, **{name: tensor.to(self.model.device) for name, tensor in inputs.items()})
         begins = [len(prompt) - 1 for prompt, _ in texts]
         return [
             row[begin : begin + len(answer)].clone()  # a view would keep the states of all the prompts

@@ -20,6 +20,12 @@ from .forwards import generate_with_hidden_states
 from .rewards import Rewards, Text
 
 logger = logging.getLogger(__name__)
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}  # the values that mean "unset"
 
 
 class Answer(NamedTuple):

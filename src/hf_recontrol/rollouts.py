@@ -20,7 +20,7 @@ from .hooks import model_name
 from .prompts import stop_strings_of
 from .replay import Replay, given_answers, rewards_or_given
 from .rewards import RESERVED, RewardFunc, Rewards, Text
-from .rollout_blocks import Collector, evaluating, seeded
+from .rollout_blocks import GREEDY, Collector, evaluating, seeded
 from .rollout_store import RolloutDataset, RolloutStore
 
 _OWN_GENERATE = set(
@@ -113,6 +113,8 @@ def collect_rollouts(
         TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
         CollectError: a prompt without tokens, or all without room for their answers, a folder with other settings, a
             wrong return of a reward function, or a full disk.
+        SteeringNotApplied: one forward of this model does not give the states of generating, and the answers are a
+            dataset's.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; rollouts are of decoder-only models.")
@@ -251,7 +253,7 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
             "greedy), 0 < top_p ≤ 1 and an integer top_k ≥ 0 (0 is off)."
         )
     if temperature == 0:
-        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # the values that mean "unset"
+        return dict(GREEDY)
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
