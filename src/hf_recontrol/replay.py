@@ -81,7 +81,7 @@ class Replay(Collector):
         input_ids = pad_sequence(rows, batch_first=True)
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if "position_ids" in signature(self.model.forward).parameters:  # as generate() counts; Roberta alone would not
+        if "position_ids" in signature(self.model.forward).parameters:  # generate() counts from 0; Roberta would not
             inputs["position_ids"] = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
         states = hidden_states_of(self.model, **{name: tensor.to(self.model.device) for name, tensor in inputs.items()})
         begins = [len(prompt) - 1 for prompt, _ in texts]

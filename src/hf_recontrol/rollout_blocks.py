@@ -65,7 +65,7 @@ class Collector:
         """
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         most = math.inf if max_prompt_tokens is None else max_prompt_tokens
-        fit, longest, digest = [], (0, 0), hashlib.sha256()
+        fit, skipped, digest = [], [], hashlib.sha256()
         for i in range(len(self.prompts)):
             token_ids, (answer_tokens, known) = self._prompt_token_ids(i), self._answer_to(i)
             if not token_ids:
@@ -75,13 +75,15 @@ class Collector:
                 )
             if len(token_ids) <= min(most, context - answer_tokens):
                 fit.append(i)
-            longest = max(longest, (len(token_ids), answer_tokens))
+            else:
+                skipped.append((len(token_ids), answer_tokens))
             digest.update(f"{token_ids}{known}\n".encode())
-        if len(fit) < len(self.prompts):
+        if skipped:
+            longest, its_answer = max(skipped, key=sum)
             message = (
-                f"{len(self.prompts) - len(fit)} of {len(self.prompts)} prompts are too long, the longest has "
-                f"{longest[0]} tokens: max_prompt_tokens is {max_prompt_tokens}, and the model's context of {context} "
-                f"must hold the answer too, here {longest[1]} tokens"
+                f"{len(skipped)} of {len(self.prompts)} prompts are too long, the longest has {longest} tokens: "
+                f"max_prompt_tokens is {max_prompt_tokens}, and the model's context of {context} must hold the answer "
+                f"too, here {its_answer} tokens"
             )
             if not fit:
                 raise CollectError(f"{message}. Shorten the prompts, raise max_prompt_tokens or lower max_new_tokens.")

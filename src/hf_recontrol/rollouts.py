@@ -86,8 +86,8 @@ def collect_rollouts(
             with nothing that changes its logits. Control heads are fitted to such answers only; value heads to any.
         reward_weights: one for each reward function; 1 where None.
         num_return_sequences: answers to each prompt.
-        block_size: prompts generated together, and lost together when interrupted. It decides what is sampled, for a
-            sampled row depends on its batch.
+        block_size: prompts generated (or replayed) together, and lost together when interrupted. It decides what is
+            sampled, for a sampled row depends on its batch.
         max_prompt_tokens: longer prompts are skipped; None is as many as leave their answer room in the model's
             context. How many were is logged and stands in the fingerprint; a row's prompt_id counts them all.
         max_new_tokens: where an answer is cut; finish_reason "length", and its last state is terminal like that of EOS.
