@@ -14,6 +14,7 @@ from hf_recontrol.fitting import fit_linear_head
 from hf_recontrol.forwards import hidden_states_of
 from hf_recontrol.prompts import load_prompts
 
+pytestmark = pytest.mark.versions
 PROMPTS = ["w10 w11 w12", "w20", "w30 w31 w32 w33 w34", "w40 w41", "w50", "w60 w61 w62"]
 EOS = [2, 5, 9, 13, 17, 21, 25, 29, 33, 37]  # many, so that answers of a random model end
 GENERATED = {"block_size": 4, "max_new_tokens": 6, "num_return_sequences": 3}
