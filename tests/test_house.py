@@ -44,6 +44,7 @@ ORDER = [
     "rollout_files",
     "rollout_store",
     "rollout_blocks",
+    "replay",
     "rollouts",
     "fitting",
     "control_checks",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import tiny_head, tiny_model, tiny_tokenizer
+from tokenizers import processors
 from transformers.utils import logging
 
 from hf_recontrol import enable_recontrol
@@ -400,13 +401,52 @@ def test_rollouts_are_the_plain_models_also_where_it_is_enabled(tmp_path):
         collect(tmp_path / "steered", generation_kwargs={"recontrol_value_head": tiny_head()})
 
 
-@pytest.mark.parametrize("at", [0, 5])
-def test_a_prompt_without_room_is_refused_before_anything_is_generated(tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_prompt_without_room_is_skipped_and_counted_and_the_others_keep_their_ids(tmp_path, caplog, at):
+    prompts = [*PROMPTS[:at], "w10 " * 122, *PROMPTS[at:]]  # with <s> 123 of 128, and 6 to come
+    dataset = collect(tmp_path / "skipped", prompts)
+    assert [row["prompt_id"] for row in dataset.rows()] == [i for i in range(7) if i != at]
+    without = collect(tmp_path / "without")
+    assert [row | {"prompt_id": 0} for row in dataset.rows()] == [row | {"prompt_id": 0} for row in without.rows()]
+    for one, other in zip(dataset, without, strict=True):  # and the blocks are the same
+        torch.testing.assert_close(one["hidden_states"], other["hidden_states"], rtol=0, atol=0)
+    assert (dataset.fingerprint["prompts"], dataset.fingerprint["skipped_prompts"]) == (7, 1)
+    assert "skipped_prompts" not in without.fingerprint
+    (warning,) = caplog.messages
+    assert "1 of 7 prompts are too long, the longest has 123 tokens" in warning
+    assert "context of 128 must hold the answer too, here 6 tokens. They are skipped." in warning
+
+
+def test_prompts_that_just_fit_are_kept(tmp_path, caplog):
+    collect(tmp_path / "context", ["w10 " * 121])  # with <s> and 6 to come: 128
+    collect(tmp_path / "told", PROMPTS, max_prompt_tokens=6)
+    assert not caplog.messages
+
+
+def test_max_prompt_tokens_skips_longer_prompts_and_an_interrupted_run_is_resumed(tmp_path):
+    options = {"max_prompt_tokens": 3}  # <s> and two words
+    unbroken = collect(tmp_path / "unbroken", **options)
+    assert [row["prompt_id"] for row in unbroken.rows()] == [1, 3, 4]
+    assert (unbroken.fingerprint["max_prompt_tokens"], unbroken.fingerprint["skipped_prompts"]) == (3, 3)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "broken", reward=Interrupt(1), **options)
+    collect(tmp_path / "broken", **options)
+    assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
+    with pytest.raises(CollectError, match=r"max_prompt_tokens is 3 there and 4 here.*skipped_prompts is 3 there"):
+        collect(tmp_path / "broken", max_prompt_tokens=4)
+
+
+def test_where_no_prompt_fits_or_one_is_empty_nothing_is_generated(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr("hf_recontrol.rollout_blocks.generate_with_hidden_states", None)
-    prompts = list(PROMPTS)
-    prompts[at] = "w10 " * 122  # and <s>: 123 of 128, with 6 to come
-    with pytest.raises(CollectError, match=rf"Prompt {at} has 123 tokens; .* context of 128, 1 to 122 fit"):
-        collect(tmp_path, prompts)
+    with pytest.raises(
+        CollectError, match=r"6 of 6 prompts are too long, .*max_prompt_tokens is 1.*Shorten the prompts"
+    ):
+        collect(tmp_path, max_prompt_tokens=1)
+    with pytest.raises(ValueError, match="max_prompt_tokens is 0"):
+        collect(tmp_path, max_prompt_tokens=0)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # no <s> in front
+    with pytest.raises(CollectError, match="Prompt 1, ' ', has no tokens"):
+        collect(tmp_path, ["w10", " "], tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,6 +11,7 @@ from .generation import RecontrolGenerationMixin, disable_recontrol, enable_reco
 from .head import Head
 from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
 from .on_policy import train_control
+from .prompts import load_prompts
 from .registry import register_value_heads
 from .rollout_store import RolloutDataset
 from .rollouts import collect_rollouts
@@ -48,6 +49,7 @@ __all__ = [
     "enable_recontrol",
     "fit_constant_control",
     "fit_linear_head",
+    "load_prompts",
     "register_value_heads",
     "sample_states",
     "train_control",

@@ -14,6 +14,7 @@ from .fitting import parts_of, rewards_of
 from .forwards import logits_of
 from .hooks import lm_head
 from .kl_bound import kl_divergence
+from .replay import OWN_SOFTMAX
 from .rollout_blocks import evaluating
 from .value_head import ValueHead
 
@@ -96,8 +97,21 @@ def _check_sampling(fingerprint: dict[str, Any], behavior: Controller | None) ->
             "or None for those of the base model."
         )
     generation = fingerprint.get("generation") or {}
+    if generation.get("features_from") == "dataset":
+        _check_vouched(generation.get("sampling"))
+        return
     given = {name: value for name, value in generation.items() if value is not None}
     check_sampling((generation.get("model_defaults") or {}) | given)
+
+
+def _check_vouched(sampling: object) -> None:
+    if sampling != OWN_SOFTMAX:
+        raise ValueError(
+            "A control is fitted to answers sampled from the model's own distribution, as its ratios divide by their "
+            "probabilities, but these were taken from a dataset, and nothing says how they were sampled. If it was "
+            "from this very model at temperature 1, with nothing that changes its logits, vouch for it: "
+            f'collect_rollouts(…, features_from="dataset", sampling="{OWN_SOFTMAX}"). A value head fits any answers.'
+        )
 
 
 def check_sampling(settings: Mapping[str, Any]) -> None:

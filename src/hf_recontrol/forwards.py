@@ -96,6 +96,42 @@ def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwa
         return run_live(call_for(model, controller), model, **kwargs)
 
 
+def hidden_states_of(model: PreTrainedModel, **kwargs: Any) -> Tensor:
+    """The LM head's input at every position of one forward, before any edit.
+
+    The LM head itself runs at one position only: the logits of a whole text can be larger than all else.
+
+    Args:
+        model: a decoder-only transformers model, enabled or not.
+        kwargs: the forward's: input_ids, attention_mask, position_ids.
+
+    Returns:
+        (rows, positions, hidden_size) in the model's dtype.
+
+    Raises:
+        SteeringNotApplied: the model gives its LM head fewer positions than it reads, or passed the hooks by.
+    """
+    seen: list[Tensor] = []
+
+    def keep(own: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(own)
+        last = own[..., -1:, :]
+        return last, torch.ones_like(last[..., :1], dtype=torch.bool)
+
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        kwargs["use_cache"] = False
+    with torch.no_grad(), _enabled(model):
+        run_live(Call(keep, owner=lm_head_owner(model)), model, **kwargs)
+    (hidden_states,) = seen
+    if hidden_states.shape[:-1] != kwargs["input_ids"].shape:
+        raise SteeringNotApplied(
+            f"{type(model).__name__} read input_ids {tuple(kwargs['input_ids'].shape)} and gave its LM head hidden "
+            f"states {tuple(hidden_states.shape)}; expected is a state of each token. This architecture cannot be "
+            "replayed; generate its answers instead."
+        )
+    return hidden_states
+
+
 def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     """The logits that the model makes of these hidden states: its LM head, and what it does after it.
 

@@ -1,22 +1,44 @@
 """One block of rollouts: answers generated as one batch, cut where they end, and scored."""
 
+import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from .config_checks import shown
 from .control import Controller
 from .errors import CollectError
 from .forwards import generate_with_hidden_states
 from .reward_calls import Failures
 from .rewards import Rewards, Text
+
+logger = logging.getLogger(__name__)
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}  # the values that mean "unset"
+
+
+class Answer(NamedTuple):
+    """One answer to a prompt."""
+
+    prompt_id: int
+    token_ids: list[int]
+    """EOS or stop string included."""
+    finish_reason: str
+    hidden_states: Tensor
+    """(len(token_ids), hidden_size): those that predicted each token."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +61,71 @@ class Collector:
         """Counts the batches that a reward function failed on. They are committed without a reward, and stay so."""
         return Failures(planned=len(self.prompts) * self.num_return_sequences)
 
-    def checked_token_ids(self) -> Iterator[list[int]]:
-        """Of each prompt; raises if one is empty, or leaves its answer no room in the model's context."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = math.inf if context is None else context - self.generation["max_new_tokens"]
-        for i, prompt in enumerate(self.prompts):
-            token_ids = self._token_ids(prompt)
-            if not 0 < len(token_ids) <= room:
+    def fitting(self, max_prompt_tokens: int | None = None) -> tuple[list[int], str]:
+        """Ids of the prompts that are answered, and a SHA-256 of the token ids of all.
+
+        The others are too long: for max_prompt_tokens, or to leave their answer room in the model's context. One line
+        of the log says how many.
+
+        Raises:
+            CollectError: a prompt has no tokens, or all are too long.
+        """
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        most = math.inf if max_prompt_tokens is None else max_prompt_tokens
+        fit, skipped, digest = [], [], hashlib.sha256()
+        for i in range(len(self.prompts)):
+            token_ids, (answer_tokens, known) = self._prompt_token_ids(i), self._answer_to(i)
+            if not token_ids:
                 raise CollectError(
-                    f"Prompt {i} has {len(token_ids)} tokens; with max_new_tokens={self.generation['max_new_tokens']} "
-                    f"and the model's context of {context}, 1 to {room} fit. Shorten it, or lower max_new_tokens."
+                    f"Prompt {i}, {shown(self.prompts[i])}, has no tokens, so no state predicts its answer's first. "
+                    "Leave it out, or use a tokenizer that begins texts with a special token."
                 )
-            yield token_ids
+            if len(token_ids) <= min(most, context - answer_tokens):
+                fit.append(i)
+            else:
+                skipped.append((len(token_ids), answer_tokens))
+            digest.update(f"{token_ids}{known}\n".encode())
+        if skipped:
+            longest, its_answer = max(skipped, key=sum)
+            message = (
+                f"{len(skipped)} of {len(self.prompts)} prompts are too long, the longest has {longest} tokens: "
+                f"max_prompt_tokens is {max_prompt_tokens}, and the model's context of {context} must hold the answer "
+                f"too, here {its_answer} tokens"
+            )
+            if not fit:
+                raise CollectError(f"{message}. Shorten the prompts, raise max_prompt_tokens or lower max_new_tokens.")
+            logger.warning("%s. They are skipped.", message)
+        return fit, digest.hexdigest()
 
     def collect(self, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[dict[str, Any]]]:
-        """Generate and score a block: what RolloutStore.commit takes."""
-        prompt_ids = [i for i in prompt_ids for _ in range(self.num_return_sequences)]
-        generated, hidden_states, stopped = self._generate([self._token_ids(self.prompts[i]) for i in prompt_ids])
-        eos = self._eos_token_ids()
-        ends = [end_of_answer(ids, eos, stop) for ids, stop in zip(generated, stopped, strict=True)]
-        completion_ids = [ids[:end] for ids, (end, _) in zip(generated, ends, strict=True)]
-        rows = [
-            self._row(prompt_id, ids, finish)
-            for prompt_id, ids, (_, finish) in zip(prompt_ids, completion_ids, ends, strict=True)
-        ]
-        rewards = self._score(rows, completion_ids)
+        """Answer and score a block: what RolloutStore.commit takes."""
+        answers = self._answers(prompt_ids)
+        rows = [self._row(answer) for answer in answers]
+        rewards = self._score(rows, [answer.token_ids for answer in answers])
         dropped = {"empty", "length"} if self.drop_truncated else {"empty"}
-        lengths = torch.tensor([0 if row["finish_reason"] in dropped else row["length"] for row in rows])
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        kept = torch.arange(hidden_states.shape[1]) < lengths[:, None]
-        return hidden_states[kept.to(hidden_states.device)].cpu(), offsets, rewards, torch.tensor(generated)[kept], rows
+        lengths = [0 if row["finish_reason"] in dropped else row["length"] for row in rows]
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        kept = list(zip(answers, lengths, strict=True))
+        hidden_states = torch.cat([answer.hidden_states[:length] for answer, length in kept])
+        token_ids = [token for answer, length in kept for token in answer.token_ids[:length]]
+        return hidden_states.cpu(), offsets, rewards, torch.tensor(token_ids, dtype=torch.int64), rows
+
+    def _prompt_token_ids(self, prompt_id: int) -> list[int]:
+        return self._token_ids(self.prompts[prompt_id])
+
+    def _answer_to(self, prompt_id: int) -> tuple[int, str]:
+        """How many tokens the answer to a prompt has, at most, and what is known of it before the block is made."""
+        return self.generation["max_new_tokens"], ""
+
+    def _answers(self, prompt_ids: Sequence[int]) -> list[Answer]:
+        prompt_ids = [i for i in prompt_ids for _ in range(self.num_return_sequences)]
+        generated, hidden_states, stopped = self._generate([self._prompt_token_ids(i) for i in prompt_ids])
+        eos = self._eos_token_ids()
+        answers = []
+        for i, ids, states, stop in zip(prompt_ids, generated, hidden_states, stopped, strict=True):
+            end, finish_reason = end_of_answer(ids, eos, stop)
+            answers.append(Answer(i, ids[:end], finish_reason, states[:end]))
+        return answers
 
     def _score(self, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> Tensor:
         """Put the rewards into the rows; (answers,) in float64, NaN where there is none."""
@@ -87,24 +144,28 @@ class Collector:
             row |= {name: column[i] for name, column in result.logged.items()}
         return torch.tensor([math.nan if reward is None else reward for reward in result.total], dtype=torch.float64)
 
-    def _row(self, prompt_id: int, completion_ids: list[int], finish: str) -> dict[str, Any]:
-        prompt = self.prompts[prompt_id]
-        text = str(self.tokenizer.decode(completion_ids, skip_special_tokens=True))
-        if finish == "stop":
-            text = text[: min((text.find(stop) for stop in self.stop_strings if stop in text), default=len(text))]
-        token_ids = [] if finish == "empty" else completion_ids
+    def _row(self, answer: Answer) -> dict[str, Any]:
+        prompt = self.prompts[answer.prompt_id]
+        token_ids = [] if answer.finish_reason == "empty" else answer.token_ids
         return {
-            "prompt_id": prompt_id,
+            "prompt_id": answer.prompt_id,
             "prompt": prompt,
-            "prompt_token_ids": self._token_ids(prompt),
-            "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
+            "prompt_token_ids": self._prompt_token_ids(answer.prompt_id),
+            "completion": self._completion(answer),
             "token_ids": token_ids,
             "reward": None,
             "rewards": {},
             "errors": {},
-            "finish_reason": finish,
+            "finish_reason": answer.finish_reason,
             "length": len(token_ids),
         }
+
+    def _completion(self, answer: Answer) -> Text:
+        text = str(self.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        if answer.finish_reason == "stop":
+            text = text[: min((text.find(stop) for stop in self.stop_strings if stop in text), default=len(text))]
+        plain = isinstance(self.prompts[answer.prompt_id], str)
+        return text if plain else [{"role": "assistant", "content": text}]
 
     def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor, list[int | None]]:
         """The new tokens of each row, the states that predicted them, and how many there were at a stop string."""

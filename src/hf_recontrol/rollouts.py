@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from .config_checks import shown
 from .control import Controller
 from .head_hub import package_version
 from .hooks import model_name
+from .prompts import stop_strings_of
+from .replay import Replay, given_answers, rewards_or_given
 from .rewards import RESERVED, RewardFunc, Rewards, Text
-from .rollout_blocks import Collector, evaluating, seeded
+from .rollout_blocks import GREEDY, Collector, evaluating, seeded
 from .rollout_store import RolloutDataset, RolloutStore
 
 _OWN_GENERATE = set(
@@ -30,12 +33,15 @@ def collect_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Any,
-    reward_funcs: RewardFunc | list[RewardFunc] | Rewards,
+    reward_funcs: RewardFunc | list[RewardFunc] | Rewards | None,
     output_dir: str | os.PathLike[str],
     *,
+    features_from: str = "generation",
+    sampling: str | None = None,
     reward_weights: Sequence[float] | None = None,
     num_return_sequences: int = 1,
     block_size: int = 64,
+    max_prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -48,7 +54,7 @@ def collect_rollouts(
     generation_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> RolloutDataset:
-    """Sample answers to prompts, score them, and write them with their hidden states into a folder.
+    """Sample answers to prompts, or take given ones, score them, and write them with their hidden states into a folder.
 
     The disk takes hidden_size × bytes per number for each token: 1 MiB per 128 tokens of a 7B model in bfloat16.
     Interrupted in any way, call it again with the same arguments: committed blocks are kept, the others are made as
@@ -58,23 +64,39 @@ def collect_rollouts(
     State s_t is the one that predicts token t (Kong et al. 2024, arXiv:2406.05954, section 4): an answer that ended by
     EOS has a state for EOS, its last.
 
+    features_from="dataset" generates nothing: `prompts` is a datasets.Dataset with the columns
+    - prompt and completion: texts, or message lists and [{"role": "assistant", "content": text}]. A completion is
+      tokenised by itself, without special tokens, so that the prompt's tokens (behind a chat template, with its
+      generation prompt) stay what they are; EOS is put behind it. And, where there are any,
+    - completion_ids (or token_ids, the name in a table of rollouts): token ids of the answers, with EOS where they have
+      one, taken as they are instead of the completions; prompt_token_ids likewise;
+    - finish_reason: "length" or "stop" where no EOS belongs behind a completion;
+    - reward: a number or None, where reward_funcs is None.
+    One forward of each block gives the states, those of generating up to rounding.
+
     Args:
         model: a causal language model, on its device.
         tokenizer: its tokenizer. Needs no pad token.
         prompts: texts (tokenised with special tokens), or message lists (through the chat template), or a
             datasets.Dataset with them as column "prompt"; its other columns go to the reward functions.
-        reward_funcs: see Rewards.
+        reward_funcs: see Rewards. None takes a dataset's column "reward", with features_from="dataset".
         output_dir: made, or resumed. Other settings than it was begun with are refused.
+        features_from: "generation", or "dataset" for answers that exist, see above.
+        sampling: "own softmax" vouches that a dataset's answers were sampled from this very model at temperature 1,
+            with nothing that changes its logits. Control heads are fitted to such answers only; value heads to any.
         reward_weights: one for each reward function; 1 where None.
         num_return_sequences: answers to each prompt.
-        block_size: prompts generated together, and lost together when interrupted. It decides what is sampled, for a
-            sampled row depends on its batch.
+        block_size: prompts generated (or replayed) together, and lost together when interrupted. It decides what is
+            sampled, for a sampled row depends on its batch.
+        max_prompt_tokens: longer prompts are skipped; None is as many as leave their answer room in the model's
+            context. How many were is logged and stands in the fingerprint; a row's prompt_id counts them all.
         max_new_tokens: where an answer is cut; finish_reason "length", and its last state is terminal like that of EOS.
         temperature: > 0, or 0 for greedy decoding.
         top_p: nucleus, 0 to 1; 1 is off.
         top_k: the k likeliest tokens; 0 is off.
         stop_strings: texts that end an answer. Like EOS, one belongs to the tokens and the states (the token that
-            completes it is the last), not to the completion's text; finish_reason "stop".
+            completes it is the last), not to the completion's text; finish_reason "stop". None takes those of the
+            recipe that load_prompts loaded the prompts by, [] takes none.
         drop_truncated: keep no states of answers cut at max_new_tokens; they are in the table all the same.
         seed: block b samples with a seed made from this and b.
         columns: further columns for the reward functions, each with a value for each prompt.
@@ -89,33 +111,55 @@ def collect_rollouts(
 
     Raises:
         TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
-        CollectError: a prompt with no room for its answer, a folder with other settings, a wrong return of a reward
-            function, or a full disk.
+        CollectError: a prompt without tokens, or all without room for their answers, a folder with other settings, a
+            wrong return of a reward function, or a full disk.
+        SteeringNotApplied: one forward of this model does not give the states of generating, and the answers are a
+            dataset's.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; rollouts are of decoder-only models.")
     if controller is not None and not isinstance(controller, Controller):
         raise TypeError(f"controller is a {type(controller).__name__}; pass a Controller(head), or None.")
+    given = _given_answers(
+        prompts,
+        features_from,
+        sampling,
+        num_return_sequences=num_return_sequences,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop_strings=stop_strings,
+        controller=controller,
+    )
     texts, extra = _as_columns(prompts, columns)
     _check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
+    if max_prompt_tokens is not None:
+        _check_counts(max_prompt_tokens=max_prompt_tokens)
     if num_return_sequences > 1 and temperature == 0:
         raise ValueError(
             f"temperature=0 gives the same answer {num_return_sequences} times. Set a temperature, or leave "
             "num_return_sequences out."
         )
-    stop = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    ends = stop_strings_of(prompts) if stop_strings is None else stop_strings
+    stop = [ends] if isinstance(ends, str) else list(ends)
     generation = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p, top_k), **_more(generation_kwargs)}
+    if given is not None:
+        stop, generation = [], {"features_from": "dataset", "sampling": sampling, **_more(generation_kwargs)}
+        reward_funcs = rewards_or_given(prompts, reward_funcs)
+    if reward_funcs is None:
+        raise ValueError("reward_funcs is None; answers that are generated need a reward. Pass a function or a model.")
     if not isinstance(reward_funcs, Rewards):
         reward_funcs = Rewards(reward_funcs, reward_weights, device=model.device)
     reward_funcs.check(conversational=_is_conversational(texts, tokenizer))
-    collector = Collector(
-        model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation, controller
-    )
+    common = (model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation)
+    collector = Collector(*common, controller) if given is None else Replay(*common, given=given)
+    prompt_ids, token_ids_sha256 = collector.fitting(max_prompt_tokens)
     fingerprint = {
         **_model_facts(model),
         "prompts": len(texts),
         "prompts_sha256": _hash(_as_json(text, extra, i) for i, text in enumerate(texts)),
-        "prompt_token_ids_sha256": _hash(repr(ids) for ids in collector.checked_token_ids()),
+        "prompt_token_ids_sha256": token_ids_sha256,
         "generation": {**generation, "stop_strings": stop, "model_defaults": generation_defaults(model)},
         "num_return_sequences": num_return_sequences,
         "block_size": block_size,
@@ -126,15 +170,21 @@ def collect_rollouts(
     }
     if controller is not None:
         fingerprint["control"] = controller.facts()
+    if max_prompt_tokens is not None:
+        fingerprint["max_prompt_tokens"] = max_prompt_tokens
+    if len(prompt_ids) < len(texts):
+        fingerprint["skipped_prompts"] = len(texts) - len(prompt_ids)
     with RolloutStore(output_dir, fingerprint) as store, evaluating(model):
-        _collect_missing(collector, store, block_size, seed, progress)
+        _collect_missing(collector, prompt_ids, store, block_size, seed, progress)
     return RolloutDataset(output_dir, verify=False)  # the store has checked each block, or has just written it
 
 
-def _collect_missing(collector: Collector, store: RolloutStore, block_size: int, seed: int, progress: bool) -> None:
-    prompts, answers = range(len(collector.prompts)), collector.num_return_sequences
+def _collect_missing(
+    collector: Collector, prompts: Sequence[int], store: RolloutStore, block_size: int, seed: int, progress: bool
+) -> None:
+    answers = collector.num_return_sequences
     with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
-        for block, start in enumerate(prompts[::block_size]):
+        for block, start in enumerate(range(0, len(prompts), block_size)):
             prompt_ids = prompts[start : start + block_size]
             if block not in store.committed:
                 with seeded(collector.model.device.type, _block_seed(seed, block)):
@@ -143,13 +193,31 @@ def _collect_missing(collector: Collector, store: RolloutStore, block_size: int,
             bar.update(answers * len(prompt_ids))
 
 
+def _given_answers(prompts: Any, features_from: str, sampling: str | None, **generating: Any) -> dict[str, Any] | None:
+    """The columns with answers; None where answers are generated."""
+    if features_from not in ("generation", "dataset") or (features_from == "generation" and sampling is not None):
+        raise ValueError(
+            f"features_from is {features_from!r} and sampling {sampling!r}; expected is features_from='generation' "
+            "without sampling, or features_from='dataset' for answers that exist."
+        )
+    if features_from == "generation":
+        return None
+    defaults = signature(collect_rollouts).parameters
+    changed = sorted(name for name, value in generating.items() if value != defaults[name].default)
+    if changed:
+        raise ValueError(f"features_from='dataset' generates nothing, but {changed} were given. Leave them out.")
+    return given_answers(prompts, sampling)
+
+
 def _as_columns(prompts: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Sequence[Text], dict[str, Any]]:
     found: dict[str, Any] = {}
     if hasattr(prompts, "column_names"):
         if "prompt" not in prompts.column_names:
             raise ValueError(f"The dataset has the columns {prompts.column_names}; it must have one called 'prompt'.")
-        found = {name: prompts[name] for name in prompts.column_names if not name.startswith(("prompt", "completion"))}
-        prompts = prompts["prompt"]
+        own = ("prompt", "completion")
+        # [:] makes lists, for a datasets.Column reads its table at each index.
+        found = {name: prompts[name][:] for name in prompts.column_names if not name.startswith(own)}
+        prompts = prompts["prompt"][:]
     found |= columns or {}
     for name, column in found.items():
         if name in RESERVED:
@@ -185,7 +253,7 @@ def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
             "greedy), 0 < top_p ≤ 1 and an integer top_k ≥ 0 (0 is off)."
         )
     if temperature == 0:
-        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # the values that mean "unset"
+        return dict(GREEDY)
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
 
 
