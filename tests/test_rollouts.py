@@ -425,15 +425,15 @@ def test_prompts_that_just_fit_are_kept(tmp_path, caplog):
 
 def test_max_prompt_tokens_skips_longer_prompts_and_an_interrupted_run_is_resumed(tmp_path):
     options = {"max_prompt_tokens": 3}  # <s> and two words
-    unbroken = collect(tmp_path / "unbroken", **options)
+    unbroken = collect(tmp_path / "unbroken", reward=Interrupt(2), **options)
     assert [row["prompt_id"] for row in unbroken.rows()] == [1, 3, 4]
     assert (unbroken.fingerprint["max_prompt_tokens"], unbroken.fingerprint["skipped_prompts"]) == (3, 3)
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path / "broken", reward=Interrupt(1), **options)
-    collect(tmp_path / "broken", **options)
+    collect(tmp_path / "broken", reward=Interrupt(1), **options)
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
     with pytest.raises(CollectError, match=r"max_prompt_tokens is 3 there and 4 here.*skipped_prompts is 3 there"):
-        collect(tmp_path / "broken", max_prompt_tokens=4)
+        collect(tmp_path / "broken", reward=Interrupt(1), max_prompt_tokens=4)
 
 
 def test_where_no_prompt_fits_or_one_is_empty_nothing_is_generated(tmp_path, monkeypatch, tokenizer):
