@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 import hf_recontrol.fitting as fitting
 import hf_recontrol.training_args as args_module
 from hf_recontrol.calibration import calibrate, mean_kl, sample_states
+from hf_recontrol.checkpoints import newest_complete_checkpoint
 from hf_recontrol.control import Controller
 from hf_recontrol.control_config import ControlConfig
 from hf_recontrol.errors import HeadError, HeadMismatch, HeadUnavailable
@@ -22,7 +23,7 @@ from hf_recontrol.fitting import fit_linear_head, pack_answers
 from hf_recontrol.head_config import ValueHeadConfig
 from hf_recontrol.objectives import lambda_returns
 from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
-from hf_recontrol.trainer import RecontrolTrainer, newest_complete_checkpoint
+from hf_recontrol.trainer import RecontrolTrainer
 from hf_recontrol.training_args import RecontrolTrainingArguments
 from hf_recontrol.value_head import ValueHead
 
@@ -103,7 +104,7 @@ def test_the_head_recovers_the_true_value(tmp_path, rollouts, settings):
 
 
 def test_a_reward_on_the_first_token_would_be_noticed(tmp_path, rollouts, monkeypatch):
-    def on_the_first_token(values, rewards, offsets, td_lambda):
+    def on_the_first_token(values, rewards, offsets, td_lambda, gamma):
         targets = torch.cat([values[:1], values[:-1]])
         targets[offsets[:-1]] = rewards
         return targets
@@ -196,13 +197,17 @@ def test_a_checkpoint_is_a_head_with_no_pickled_arguments(tmp_path, rollouts):
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
-    for step, state in ((9, "{}"), (10, '{"global_step": 10'), (20, None)):
+    head, rest = ("config.json", "model.safetensors"), ("optimizer.pt", "scheduler.pt")
+    for step, state, files in ((9, "{}", head + rest), (10, '{"global_step": 10', head + rest), (15, "{}", head)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-20").mkdir()
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert newest_complete_checkpoint(tmp_path, save_only_model=True) == str(tmp_path / "checkpoint-15")
     (tmp_path / "checkpoint-9/trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="no complete checkpoint to resume from, of 3 begun"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from, of 4 begun"):
         newest_complete_checkpoint(tmp_path)
 
 
