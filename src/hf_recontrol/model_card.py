@@ -24,6 +24,7 @@ METRIC_NAMES = {
     "kl_per_token": "KL from the base model at scale 1, nats per token",
     "kl_per_answer": "KL from the base model at scale 1, nats per answer",
     "clipped": "Share of tokens beyond the clipping range",
+    "distance": "Mean squared distance from the values it was distilled from",
 }
 OBJECTIVES = {
     "value": "squared error to the λ-return of the reward, over the tokens of the base model's own answers",
@@ -34,15 +35,22 @@ TRAINING_NAMES = {
     "answers": "Answers",
     "tokens": "Tokens",
     "td_lambda": "λ of the returns (0: Bellman, 1: Monte Carlo)",
+    "gamma": "γ of the returns (1: no discount)",
+    "prompts": "Prompts of the rollouts, with those held out",
     "recipe": "Recipe",
     "steps": "Steps",
     "epochs": "Epochs",
     "batch_size": "Answers in a batch",
     "learning_rate": "Learning rate",
+    "lr_scheduler_type": "Its schedule",
+    "weight_decay": "Weight decay",
+    "max_grad_norm": "Gradients are clipped to this norm (0: not)",
     "ridge": "Ridge",
     "beta": "β of the KL from the base model",
     "clip_ratio": "Probability ratios are clipped to this and its inverse",
     "iterations": "Rounds of answers collected",
+    "heads": "Heads of other seeds whose values it was distilled from",
+    "kappa": "κ: their mean, less κ standard deviations of their disagreement",
     "seed": "Seed",
 }
 
