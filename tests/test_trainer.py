@@ -244,6 +244,81 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_nothing_is_saved(tmp_pa
     assert not list(tmp_path.rglob("model.safetensors"))
 
 
+class Smuggled:
+    """Answers one of which turns bad after all was checked."""
+
+    def __init__(self, dataset, bad, **change):
+        self.dataset, self.bad, self.change, self.armed = dataset, bad, change, False
+        self.fingerprint = dataset.fingerprint
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index] | (self.change if self.armed and index == self.bad else {})
+
+
+@pytest.mark.parametrize(
+    "change", [{"reward": torch.tensor(float("nan"))}, {"hidden_states": torch.full((2, WIDTH), torch.inf)}]
+)
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_one_label_or_state_that_is_not_finite_ends_the_training_and_is_never_saved(
+    tmp_path, rollouts, change, accumulated
+):
+    train = Smuggled(rollouts[0], 100, **change)
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulated}
+    args = arguments(tmp_path, per_device_train_batch_size=24 // accumulated, **settings)
+    trainer = RecontrolTrainer(new_head(), args, train_dataset=train, eval_dataset=rollouts[1])
+    train.armed = True
+    with pytest.raises(FloatingPointError, match=r"it must be finite\. Nothing of it was saved"):
+        trainer.train()
+    saved = [ValueHead.from_pretrained(folder) for folder in tmp_path.glob("checkpoint-*")]
+    assert len(saved) == trainer.state.global_step > 0
+    assert all(tensor.isfinite().all() for head in saved for tensor in head.state_dict().values())
+
+
+def test_one_answer_alone_warns_and_still_gives_a_head(tmp_path):
+    answer = {"hidden_states": torch.randn(1, WIDTH), "reward": torch.tensor(2.0)}
+    with pytest.warns(UserWarning, match="All 1 rewards are 2: nothing can be learned"):
+        trainer = RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=[answer], eval_dataset=[answer])
+    trainer.train()
+    assert torch.cat([tensor.flatten() for tensor in trainer.model.state_dict().values()]).isfinite().all()
+    assert all(value == value for value in trainer.model.config.info["evaluation"].values())
+
+
+def test_answers_without_states_are_passed_over(tmp_path, rollouts):
+    empty = {"hidden_states": torch.zeros(0, WIDTH), "reward": torch.tensor(5.0)}
+    answers = [rollouts[0][i] for i in range(40)]
+    settings = {"max_steps": 40, "per_device_train_batch_size": 2}  # some batches are empty all through
+    with pytest.warns(UserWarning, match="20 of 60 answers of train_dataset have no hidden states"):
+        trainer = RecontrolTrainer(
+            new_head(), arguments(tmp_path, **settings), train_dataset=answers + [empty] * 20, eval_dataset=answers
+        )
+    trainer.train()
+    assert trainer.model.config.info["evaluation"]["loss"] > 0
+
+
+def test_a_store_has_left_answers_without_states_out(tmp_path):
+    states = torch.randn(3, WIDTH)
+    rows = [{"prompt_id": i, "prompt": f"{i}", "finish_reason": "eos"} for i in range(3)]
+    with RolloutStore(tmp_path / "rollouts", {}) as store:
+        store.commit(0, states, torch.tensor([0, 2, 2, 3]), torch.arange(3.0), torch.zeros(3, dtype=torch.long), rows)
+    trainer = RecontrolTrainer(
+        new_head(), arguments(tmp_path, max_steps=1), train_dataset=RolloutDataset(tmp_path / "rollouts")
+    )
+    trainer.train()
+    assert trainer.model.config.info["training"]["answers"] == 2
+
+
+def test_rollouts_of_two_models_are_refused_before_training(tmp_path, rollouts):
+    other = random_walk(tmp_path / "other", answers=20, seed=1)
+    other.fingerprint = other.fingerprint | {"base_model_name_or_path": "org/another"}
+    with pytest.raises(HeadMismatch, match=r"2 models.*org/base, train_dataset: org/another"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=ConcatDataset([rollouts[0], other]))
+    with pytest.raises(HeadMismatch, match=r"2 models.*org/base, eval_dataset: org/another"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=rollouts[0], eval_dataset=other)
+
+
 def test_a_head_that_is_not_finite_is_never_saved(tmp_path, rollouts):
     trainer = fit(tmp_path, rollouts, max_steps=1)
     with torch.no_grad():

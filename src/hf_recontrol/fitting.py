@@ -94,6 +94,24 @@ def check_answers(dataset: Any, name: str, hidden_size: int | None = None) -> No
         )
 
 
+def warn_of_empty(dataset: Any, name: str) -> None:
+    """Say how many answers have no states. A store's dataset has left them out; others are read through.
+
+    Raises:
+        ValueError: none of them has any.
+    """
+    parts = [part for part in parts_of(dataset) if not hasattr(part, "rewards")]
+    empty = sum(len(part[i]["hidden_states"]) == 0 for part in parts for i in range(len(part)))
+    if empty == len(dataset):
+        raise ValueError(f"None of the {empty} answers of {name} has a hidden state. Collect answers with tokens.")
+    if empty:
+        warnings.warn(
+            f"{empty} of {len(dataset)} answers of {name} have no hidden states: they are passed over. To silence "
+            "this, leave them out.",
+            stacklevel=3,
+        )
+
+
 def check_one_model(datasets: Mapping[str, Any]) -> None:
     """Raise HeadMismatch where the rollouts, of all the datasets together, name several models that wrote them."""
     found: dict[str, dict[Any, str]] = {}

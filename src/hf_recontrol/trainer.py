@@ -24,6 +24,7 @@ from .fitting import (
     float64_device,
     pack_answers,
     set_scales,
+    warn_of_empty,
 )
 from .head import Head
 from .keywords import check_base_model
@@ -140,6 +141,7 @@ class RecontrolTrainer(HeadTrainer):
         datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         for name, dataset in datasets.items():
             check_answers(dataset, name, model.config.hidden_size)
+            warn_of_empty(dataset, name)
             if isinstance(model, ControlHead) and base_model is not None:
                 check_lm_head(base_model, dataset, behavior)
         check_one_model(datasets)
@@ -193,6 +195,9 @@ class RecontrolTrainer(HeadTrainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The batches of one optimiser step, and the tokens that count in them on all devices together."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer would make one step more
+            self.control.should_training_stop = True
+            return [], torch.tensor(0, device=device)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size == 1:
             return batches, torch.tensor(sum(len(batch["hidden_states"]) for batch in batches), device=device)
