@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_train_control import little_garbage  # noqa: F401
 from test_trainer import arguments
 
 from hf_recontrol import ValueHead, ValueHeadConfig, fit_ensemble
@@ -109,6 +110,16 @@ def test_the_targets_are_those_of_the_formula():
     moved = objective._moved(states)
     shares = (moved - states).norm(dim=-1) / states.norm(dim=-1)
     assert 0 < shares.max() <= 0.3
+
+
+def test_half_of_the_loss_is_where_an_ascent_would_go(monkeypatch):
+    head, members = new_head(9), [new_head(seed) for seed in range(2)]
+    options = {"members": members, "kappa": 1.0, "td_lambda": 1.0, "device": torch.device("cpu")}
+    objective, states = DistillationObjective(head, None, **options), torch.randn(5, WIDTH)
+    monkeypatch.setattr(objective, "_moved", lambda states: states + 5)
+    errors = [(head(x) - pessimistic_values(members, x, 1.0)).square() for x in (states, states + 5)]
+    losses = objective.losses(head, {"hidden_states": states})
+    torch.testing.assert_close(losses, (errors[0] + errors[1]) / 2)
 
 
 def test_the_same_seed_gives_the_same_head_and_the_callers_random_state_stays(tmp_path, data):

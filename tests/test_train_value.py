@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_train_control import PROMPTS, TwoWords, files
+from test_train_control import PROMPTS, TwoWords, files, little_garbage  # noqa: F401
 from tiny import tiny_control_head, tiny_model, tiny_tokenizer
 
 import hf_recontrol.on_policy as on_policy
