@@ -7,12 +7,14 @@ from torch.utils.data import ConcatDataset, Subset
 from hf_recontrol.errors import HeadMismatch
 from hf_recontrol.fitting import (
     check_answers,
+    check_one_model,
     fit_linear_head,
     pack_answers,
     rank_correlation,
     reward_scale,
     set_scales,
     value_metrics,
+    warn_of_empty,
 )
 from hf_recontrol.head_config import RewardScale, ValueHeadConfig
 from hf_recontrol.value_head import ValueHead
@@ -121,6 +123,62 @@ def test_states_of_another_width_are_refused_with_both_widths_named():
         check_answers(Answers(), "train_dataset", 16)
     with pytest.raises(HeadMismatch, match=r"6 and 8 wide"):
         fit_linear_head(ConcatDataset([Answers(3, width=6), Answers(3, width=8)]))
+
+
+class Written:
+    """A part of a dataset that says which model wrote it."""
+
+    def __init__(self, **fingerprint):
+        self.fingerprint = fingerprint
+
+
+def test_rollouts_of_two_models_are_refused_and_both_are_named():
+    one = Written(base_model_name_or_path="org/one", dtype="float32", weights_sample_sha256="a")
+    other = Written(base_model_name_or_path="org/other", dtype="float32", weights_sample_sha256="b")
+    with pytest.raises(HeadMismatch, match=r"2 models, by their name \(train: org/one, test: org/other\)"):
+        check_one_model({"train": one, "test": other})
+    trained_on = Written(base_model_name_or_path="org/one", dtype="float32", weights_sample_sha256="c")
+    with pytest.raises(HeadMismatch, match="2 models, by their weights in float32"):
+        check_one_model({"train": ConcatDataset([[1], [2]]), "test": one, "more": trained_on})
+    rounded = Written(base_model_name_or_path="org/one", dtype="bfloat16", weights_sample_sha256="d")
+    check_one_model({"train": one, "test": rounded, "hand-made": [2]})
+
+
+def test_answers_without_states_are_passed_over_with_a_warning():
+    answers = Answers()
+    metrics = value_metrics(all_states(answers)[:, 0], all_rewards(answers), packed_offsets(answers), 0.5)
+    empty = {"hidden_states": torch.zeros(0, 6), "reward": torch.tensor(-99.0)}
+    for place in (30, 0):
+        answers.items.insert(place, empty)
+    answers.items.append(empty)
+    with pytest.warns(UserWarning, match="3 of 63 answers of held_out have no hidden states: they are passed over"):
+        warn_of_empty(answers, "held_out")
+    offsets = packed_offsets(answers)
+    assert value_metrics(all_states(answers)[:, 0], all_rewards(answers), offsets, 0.5) == pytest.approx(metrics)
+    answers.items = [empty]
+    with pytest.raises(ValueError, match="None of the 1 answers of held_out has a hidden state"):
+        warn_of_empty(answers, "held_out")
+
+
+def packed_offsets(answers):
+    return torch.tensor([0, *(len(answer["hidden_states"]) for answer in answers.items)]).cumsum(0)
+
+
+def test_a_discounted_linear_head_expects_less_of_early_tokens():
+    answers = Answers()
+    early, plain = fit_linear_head(answers, gamma=0.5), fit_linear_head(answers)
+    offsets = packed_offsets(answers)
+    scale = plain.config.reward
+    rewards = (all_rewards(answers) - scale.mean) / scale.std
+    returns = torch.cat(
+        [
+            reward * 0.5 ** torch.arange(int(length) - 1, -1, -1)
+            for reward, length in zip(rewards, offsets.diff(), strict=True)
+        ]
+    )
+    errors = [(head(all_states(answers)) - returns).square().mean() for head in (early, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    assert early.config.info["training"]["gamma"] == 0.5
 
 
 def test_states_that_are_not_finite_are_refused():

@@ -78,6 +78,14 @@ def test_the_body_says_what_is_known():
     assert "Recipe" not in body
 
 
+def test_the_curves_of_the_run_are_shown_point_by_point():
+    points = [[step, 1 / step] for step in range(1, 100)]
+    _, body = split(card(CardFacts(info={"curves": {"eval_loss": [[50, 0.98765], [100, 0.5]], "long": points}})))
+    assert "| `eval_loss` | 50: 0.9877, 100: 0.5 |" in body
+    assert "24: 0.04167 |" in body
+    assert "| while training |" not in split(card(CardFacts()))[1]
+
+
 def test_what_is_not_known_is_left_out():
     data, body = split(card(CardFacts()))
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
@@ -101,6 +109,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
     info = {
         "training": {text: text, "recipe": text},
         "evaluation": {text: 0.5, "explained_variance": 0.1, "answers": text},
+        "curves": {text: [[1, 0.5], [text, text]], "b": text},
         "data": text,
         "license": text,
         "language": text,
@@ -109,6 +118,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
         repo_id=text, base_model=text, base_model_revision=text, reward=text, reward_std=1.0, head=text, info=info
     )
     plain = {"training": {"a": "a", "recipe": "a"}, "evaluation": {"a": 0.5, "explained_variance": 0.1}, "data": "a"}
+    plain["curves"] = {"a": [[1, 0.5]]}
     harmless = CardFacts(
         repo_id="x", base_model="x y", base_model_revision="x", reward="x", reward_std=1.0, head="x", info=plain
     )
@@ -137,9 +147,11 @@ def test_a_local_path_is_never_named_as_the_base_model(path):
         {"training": "text", "evaluation": [1, 2]},
         {"evaluation": {"explained_variance": "high", "rank_correlation": ["a", None, True]}},
         {"evaluation": {"explained_variance": 0.1, "explained_variance_interval": "wide", "answers": True}},
+        {"curves": {"a": 1, "b": [1, [2], [3, None], [True, 1], {}]}},
+        {"curves": [1]},
         {"training": {"nested": {"a": 1}, "list": [1]}, "data": 5, "license": 7, "language": ["en"]},
     ],
-    ids=range(4),
+    ids=range(6),
 )
 def test_info_of_another_form_does_no_harm(info):
     data, _ = split(card(CardFacts(info=info)))

@@ -16,11 +16,11 @@ def packed(lengths: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tens
     return values, rewards, torch.tensor([0, *lengths]).cumsum(0)
 
 
-def by_recursion(values: list[float], reward: float, td_lambda: float) -> list[float]:
-    """v_T = r, v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}, as written in the paper's notation."""
+def by_recursion(values: list[float], reward: float, td_lambda: float, gamma: float = 1.0) -> list[float]:
+    """v_T = r, v_t = γ ((1 − λ) V(s_{t+1}) + λ v_{t+1}), as written in the paper's notation."""
     targets = [reward] * len(values)
     for t in reversed(range(len(values) - 1)):
-        targets[t] = (1 - td_lambda) * values[t + 1] + td_lambda * targets[t + 1]
+        targets[t] = gamma * ((1 - td_lambda) * values[t + 1] + td_lambda * targets[t + 1])
     return targets
 
 
@@ -33,6 +33,21 @@ def test_the_targets_are_those_of_the_plain_recursion(lengths, td_lambda):
         expected += by_recursion(values[offsets[i] : offsets[i + 1]].tolist(), reward, td_lambda)
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(lambda_returns(values, rewards, offsets, td_lambda), expected, rtol=0, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 7), max_size=6),
+    td_lambda=st.sampled_from([0.0, 0.3, 1.0]),
+    gamma=st.sampled_from([0.01, 0.5, 0.99, 1.0]),
+)
+def test_a_discount_takes_its_share_at_each_token(lengths, td_lambda, gamma):
+    values, rewards, offsets = packed(lengths)
+    expected = []
+    for i, reward in enumerate(rewards.tolist()):
+        expected += by_recursion(values[offsets[i] : offsets[i + 1]].tolist(), reward, td_lambda, gamma)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(lambda_returns(values, rewards, offsets, td_lambda, gamma), expected)
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 0.5, 1.0])
@@ -101,6 +116,9 @@ def test_lambda_out_of_bounds_and_wrong_offsets_are_refused():
     for td_lambda in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"td_lambda is .* from 0 \(Bellman\) to 1"):
             lambda_returns(values, rewards, offsets, td_lambda)
+    for gamma in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"gamma is .* above 0, and 1 \(no discount\) or less"):
+            lambda_returns(values, rewards, offsets, 0.5, gamma)
     with pytest.raises(ValueError, match=r"\(answers \+ 1,\)"):
         lambda_returns(values, rewards, offsets[:-1], 0.5)
     for wrong in ([0, 3, 4], [1, 3, 5], [0, 6, 5], [0, -1, 5]):

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 import hf_recontrol.fitting as fitting
 import hf_recontrol.training_args as args_module
 from hf_recontrol.calibration import calibrate, mean_kl, sample_states
+from hf_recontrol.checkpoints import newest_complete_checkpoint
 from hf_recontrol.control import Controller
 from hf_recontrol.control_config import ControlConfig
 from hf_recontrol.errors import HeadError, HeadMismatch, HeadUnavailable
@@ -22,7 +23,7 @@ from hf_recontrol.fitting import fit_linear_head, pack_answers
 from hf_recontrol.head_config import ValueHeadConfig
 from hf_recontrol.objectives import lambda_returns
 from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
-from hf_recontrol.trainer import RecontrolTrainer, newest_complete_checkpoint
+from hf_recontrol.trainer import RecontrolTrainer
 from hf_recontrol.training_args import RecontrolTrainingArguments
 from hf_recontrol.value_head import ValueHead
 
@@ -103,7 +104,7 @@ def test_the_head_recovers_the_true_value(tmp_path, rollouts, settings):
 
 
 def test_a_reward_on_the_first_token_would_be_noticed(tmp_path, rollouts, monkeypatch):
-    def on_the_first_token(values, rewards, offsets, td_lambda):
+    def on_the_first_token(values, rewards, offsets, td_lambda, gamma):
         targets = torch.cat([values[:1], values[:-1]])
         targets[offsets[:-1]] = rewards
         return targets
@@ -196,13 +197,17 @@ def test_a_checkpoint_is_a_head_with_no_pickled_arguments(tmp_path, rollouts):
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
-    for step, state in ((9, "{}"), (10, '{"global_step": 10'), (20, None)):
+    head, rest = ("config.json", "model.safetensors"), ("optimizer.pt", "scheduler.pt")
+    for step, state, files in ((9, "{}", head + rest), (10, '{"global_step": 10', head + rest), (15, "{}", head)):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-20").mkdir()
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert newest_complete_checkpoint(tmp_path, save_only_model=True) == str(tmp_path / "checkpoint-15")
     (tmp_path / "checkpoint-9/trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="no complete checkpoint to resume from, of 3 begun"):
+    with pytest.raises(ValueError, match="no complete checkpoint to resume from, of 4 begun"):
         newest_complete_checkpoint(tmp_path)
 
 
@@ -237,6 +242,81 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_nothing_is_saved(tmp_pa
     with pytest.raises(FloatingPointError, match=r"The loss is (inf|nan) at step 2.*Lower learning_rate"):
         fit(tmp_path, rollouts, max_steps=5, learning_rate=1e30, save_strategy="steps", save_steps=2)
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+class Smuggled:
+    """Answers one of which turns bad after all was checked."""
+
+    def __init__(self, dataset, bad, **change):
+        self.dataset, self.bad, self.change, self.armed = dataset, bad, change, False
+        self.fingerprint = dataset.fingerprint
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index] | (self.change if self.armed and index == self.bad else {})
+
+
+@pytest.mark.parametrize(
+    "change", [{"reward": torch.tensor(float("nan"))}, {"hidden_states": torch.full((2, WIDTH), torch.inf)}]
+)
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_one_label_or_state_that_is_not_finite_ends_the_training_and_is_never_saved(
+    tmp_path, rollouts, change, accumulated
+):
+    train = Smuggled(rollouts[0], 100, **change)
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulated}
+    args = arguments(tmp_path, per_device_train_batch_size=24 // accumulated, **settings)
+    trainer = RecontrolTrainer(new_head(), args, train_dataset=train, eval_dataset=rollouts[1])
+    train.armed = True
+    with pytest.raises(FloatingPointError, match=r"it must be finite\. Nothing of it was saved"):
+        trainer.train()
+    saved = [ValueHead.from_pretrained(folder) for folder in tmp_path.glob("checkpoint-*")]
+    assert len(saved) == trainer.state.global_step > 0
+    assert all(tensor.isfinite().all() for head in saved for tensor in head.state_dict().values())
+
+
+def test_one_answer_alone_warns_and_still_gives_a_head(tmp_path):
+    answer = {"hidden_states": torch.randn(1, WIDTH), "reward": torch.tensor(2.0)}
+    with pytest.warns(UserWarning, match="All 1 rewards are 2: nothing can be learned"):
+        trainer = RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=[answer], eval_dataset=[answer])
+    trainer.train()
+    assert torch.cat([tensor.flatten() for tensor in trainer.model.state_dict().values()]).isfinite().all()
+    assert all(value == value for value in trainer.model.config.info["evaluation"].values())
+
+
+def test_answers_without_states_are_passed_over(tmp_path, rollouts):
+    empty = {"hidden_states": torch.zeros(0, WIDTH), "reward": torch.tensor(5.0)}
+    answers = [rollouts[0][i] for i in range(40)]
+    settings = {"max_steps": 40, "per_device_train_batch_size": 2}  # some batches are empty all through
+    with pytest.warns(UserWarning, match="20 of 60 answers of train_dataset have no hidden states"):
+        trainer = RecontrolTrainer(
+            new_head(), arguments(tmp_path, **settings), train_dataset=answers + [empty] * 20, eval_dataset=answers
+        )
+    trainer.train()
+    assert trainer.model.config.info["evaluation"]["loss"] > 0
+
+
+def test_a_store_has_left_answers_without_states_out(tmp_path):
+    states = torch.randn(3, WIDTH)
+    rows = [{"prompt_id": i, "prompt": f"{i}", "finish_reason": "eos"} for i in range(3)]
+    with RolloutStore(tmp_path / "rollouts", {}) as store:
+        store.commit(0, states, torch.tensor([0, 2, 2, 3]), torch.arange(3.0), torch.zeros(3, dtype=torch.long), rows)
+    trainer = RecontrolTrainer(
+        new_head(), arguments(tmp_path, max_steps=1), train_dataset=RolloutDataset(tmp_path / "rollouts")
+    )
+    trainer.train()
+    assert trainer.model.config.info["training"]["answers"] == 2
+
+
+def test_rollouts_of_two_models_are_refused_before_training(tmp_path, rollouts):
+    other = random_walk(tmp_path / "other", answers=20, seed=1)
+    other.fingerprint = other.fingerprint | {"base_model_name_or_path": "org/another"}
+    with pytest.raises(HeadMismatch, match=r"2 models.*org/base, train_dataset: org/another"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=ConcatDataset([rollouts[0], other]))
+    with pytest.raises(HeadMismatch, match=r"2 models.*org/base, eval_dataset: org/another"):
+        RecontrolTrainer(new_head(), arguments(tmp_path), train_dataset=rollouts[0], eval_dataset=other)
 
 
 def test_a_head_that_is_not_finite_is_never_saved(tmp_path, rollouts):

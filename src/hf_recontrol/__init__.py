@@ -5,12 +5,13 @@ from .control import Controller
 from .control_config import ControlConfig
 from .control_fitting import fit_constant_control
 from .control_head import ControlHead
+from .ensemble import fit_ensemble
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 from .fitting import fit_linear_head
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
 from .head import Head
 from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
-from .on_policy import train_control
+from .on_policy import train_control, train_value
 from .prompts import load_prompts
 from .registry import register_value_heads
 from .rollout_store import RolloutDataset
@@ -48,9 +49,11 @@ __all__ = [
     "disable_recontrol",
     "enable_recontrol",
     "fit_constant_control",
+    "fit_ensemble",
     "fit_linear_head",
     "load_prompts",
     "register_value_heads",
     "sample_states",
     "train_control",
+    "train_value",
 ]

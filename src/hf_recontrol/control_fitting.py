@@ -96,13 +96,13 @@ def scores(model: PreTrainedModel, hidden_states: Tensor, token_ids: Tensor) -> 
     return torch.cat(gradients)
 
 
-def advantages_of(critic: ValueHead, batch: dict[str, Tensor], td_lambda: float) -> Tensor:
+def advantages_of(critic: ValueHead, batch: dict[str, Tensor], td_lambda: float, gamma: float = 1.0) -> Tensor:
     """A_t = G_t^λ − V(s_t), float (tokens,), in standard deviations of the critic's reward."""
     scale = critic.config.reward
     with torch.no_grad():
         values = critic(batch["hidden_states"])
         rewards = (batch["rewards"] - scale.mean) / scale.std
-        advantages: Tensor = lambda_returns(values, rewards, batch["offsets"], td_lambda) - values
+        advantages: Tensor = lambda_returns(values, rewards, batch["offsets"], td_lambda, gamma) - values
     return advantages
 
 
@@ -174,6 +174,7 @@ def start_from_constant(
     *,
     beta: float,
     td_lambda: float,
+    gamma: float = 1.0,
     ridge: float = 1e-3,
 ) -> None:
     """Write into a head the units of u, and the constant of fit_constant_control as its bias.
@@ -188,7 +189,7 @@ def start_from_constant(
         for batch in batches(dataset):
             batch = {name: tensor.to(critic.input_mean.device) for name, tensor in batch.items()}
             s = scores(base_model, batch["hidden_states"], batch["token_ids"]).to(device).double()
-            gradient += advantages_of(critic, batch, td_lambda).to(s) @ s
+            gradient += advantages_of(critic, batch, td_lambda, gamma).to(s) @ s
             fisher += s.T @ s
             tokens += len(s)
     fisher, gradient = fisher.cpu() / tokens, gradient.cpu()
@@ -219,6 +220,7 @@ class ControlObjective:
         behavior: Controller | None,
         *,
         td_lambda: float,
+        gamma: float = 1.0,
         beta: float,
         clip_ratio: float,
         device: torch.device,
@@ -226,20 +228,21 @@ class ControlObjective:
         self.base_model = base_model
         self.behavior = copy.deepcopy(behavior)  # it may hold the very head that is trained
         self.critic = copy.deepcopy(critic).to(device).eval()
-        self.td_lambda, self.beta, self.clip_ratio = td_lambda, beta, clip_ratio
+        self.td_lambda, self.gamma, self.beta, self.clip_ratio = td_lambda, gamma, beta, clip_ratio
 
     def start(self, head: ControlHead, dataset: Any) -> None:
         """Let a head that is 0 begin at the best constant, where the answers are the base model's."""
         if not head.is_zero():
             return
-        start_from_constant(head, dataset, self.base_model, self.critic, beta=self.beta, td_lambda=self.td_lambda)
+        options = {"beta": self.beta, "td_lambda": self.td_lambda, "gamma": self.gamma}
+        start_from_constant(head, dataset, self.base_model, self.critic, **options)
         if self.behavior is not None:  # the gradient at u = 0 is of other answers
             nn.init.zeros_(head.bias)
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Of each token, (tokens,)."""
         states = batch["hidden_states"]
-        advantages = advantages_of(self.critic, batch, self.td_lambda)
+        advantages = advantages_of(self.critic, batch, self.td_lambda, self.gamma)
         with evaluating(self.base_model):
             return policy_losses(
                 self.base_model,
@@ -255,7 +258,7 @@ class ControlObjective:
     def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """What `metrics` reads of each token: log ρ, KL, A; float32 (tokens, 3)."""
         states, size = batch["hidden_states"], logits_at_once(self.base_model)
-        advantages = advantages_of(self.critic, batch, self.td_lambda)
+        advantages = advantages_of(self.critic, batch, self.td_lambda, self.gamma)
         with torch.no_grad(), evaluating(self.base_model):
             pieces = zip(*(x.split(size) for x in (states, model(states), batch["token_ids"])), strict=True)
             parts = [

@@ -94,6 +94,42 @@ def check_answers(dataset: Any, name: str, hidden_size: int | None = None) -> No
         )
 
 
+def warn_of_empty(dataset: Any, name: str) -> None:
+    """Say how many answers have no states. A store's dataset has left them out; others are read through.
+
+    Raises:
+        ValueError: none of them has any.
+    """
+    parts = [part for part in parts_of(dataset) if not hasattr(part, "rewards")]
+    empty = sum(len(part[i]["hidden_states"]) == 0 for part in parts for i in range(len(part)))
+    if empty == len(dataset):
+        raise ValueError(f"None of the {empty} answers of {name} has a hidden state. Collect answers with tokens.")
+    if empty:
+        warnings.warn(
+            f"{empty} of {len(dataset)} answers of {name} have no hidden states: they are passed over. To silence "
+            "this, leave them out.",
+            stacklevel=3,
+        )
+
+
+def check_one_model(datasets: Mapping[str, Any]) -> None:
+    """Raise HeadMismatch where the rollouts, of all the datasets together, name several models that wrote them."""
+    found: dict[str, dict[Any, str]] = {}
+    for name, dataset in datasets.items():
+        for part in parts_of(dataset):
+            facts = getattr(part, "fingerprint", None) or {}
+            model, dtype = facts.get("base_model_name_or_path"), facts.get("dtype")
+            for fact, value in (("name", model), (f"weights in {dtype}", facts.get("weights_sample_sha256"))):
+                if value is not None:
+                    found.setdefault(fact, {}).setdefault(value, f"{name}: {model}")
+    for fact, values in found.items():
+        if len(values) > 1:
+            raise HeadMismatch(
+                f"The rollouts are of {len(values)} models, by their {fact} ({', '.join(values.values())}), but a head "
+                "reads the hidden states of one. Train on the rollouts of one model."
+            )
+
+
 def reward_scale(answers: Any, name: str = "reward") -> RewardScale:
     """Mean and (population) std of the reward over answers. If all rewards are equal: std = 1, and a warning."""
     rewards = rewards_of(answers)
@@ -111,7 +147,13 @@ class Moments:
     """Sums over states, streamed in float64: mean and std, and with `products` the normal equations of a linear V."""
 
     def __init__(
-        self, answers: Any, reward: RewardScale, *, products: bool = False, device: str | torch.device = "cpu"
+        self,
+        answers: Any,
+        reward: RewardScale,
+        *,
+        gamma: float = 1.0,
+        products: bool = False,
+        device: str | torch.device = "cpu",
     ):
         width = answers[0]["hidden_states"].shape[-1]
         total, squares, with_return = torch.zeros(3, width, dtype=torch.float64, device=device)
@@ -119,7 +161,9 @@ class Moments:
         self.tokens, returns_total = 0, 0.0
         for batch in batches(answers):
             states = batch["hidden_states"].to(device, torch.float64)
-            returns = _returns(batch["rewards"].double(), batch["offsets"], reward).to(device)
+            rewards = (batch["rewards"].double() - reward.mean) / reward.std
+            unread = torch.zeros(len(states), dtype=torch.float64)  # V, at λ = 1
+            returns = lambda_returns(unread, rewards, batch["offsets"], 1.0, gamma).to(device)
             self.tokens += len(states)
             total += states.sum(0)
             squares += states.square().sum(0)
@@ -136,11 +180,6 @@ class Moments:
         self.mean_return = returns_total / self.tokens
         self.covariance = with_return / self.tokens - self.mean * self.mean_return
         self.covariances = square / self.tokens - self.mean[:, None] * self.mean if products else square
-
-
-def _returns(rewards: Tensor, offsets: Tensor, scale: RewardScale) -> Tensor:
-    """The answer's reward at each of its states, in standard deviations, (tokens,)."""
-    return ((rewards - scale.mean) / scale.std).repeat_interleave(offsets.diff())
 
 
 def set_scales(head: Head, answers: Any, *, standardize_inputs: bool = True) -> None:
@@ -168,6 +207,7 @@ def fit_linear_head(
     train_dataset: Any,
     *,
     ridge: float = 0.01,
+    gamma: float = 1.0,
     reward: RewardScale | None = None,
     device: str | torch.device = "cpu",
 ) -> ValueHead:
@@ -182,6 +222,7 @@ def fit_linear_head(
             hidden_size² · 8 bytes.
         ridge: ≥ 0, in units of one standardised dimension's variance: directions of the states whose variance is far
             below it are ignored.
+        gamma: γ, the discount of the returns; see lambda_returns.
         reward: the scale of the rewards; that of the dataset where None.
         device: where the products are computed; it needs float64.
 
@@ -196,7 +237,7 @@ def fit_linear_head(
         raise ValueError(f"ridge is {ridge!r}; it must be a finite number ≥ 0.")
     check_answers(train_dataset, "train_dataset")
     scale = replace(reward) if reward else reward_scale(train_dataset)
-    moments = Moments(train_dataset, scale, products=True, device=device)
+    moments = Moments(train_dataset, scale, gamma=gamma, products=True, device=device)
     correlation = moments.covariances / (moments.std[:, None] * moments.std)
     system = correlation + max(ridge, 1e-12) * torch.eye(len(correlation), dtype=torch.float64, device=device)
     weight = torch.linalg.solve(system, moments.covariance / moments.std)
@@ -210,6 +251,7 @@ def fit_linear_head(
         "recipe": "ridge regression in closed form",
         "ridge": float(ridge),
         "td_lambda": 1.0,
+        "gamma": float(gamma),
         "answers": len(train_dataset),
         "tokens": moments.tokens,
     }
@@ -235,9 +277,16 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
 
 
 def value_metrics(
-    values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float, linear_values: Tensor | None = None
+    values: Tensor,
+    rewards: Tensor,
+    offsets: Tensor,
+    td_lambda: float,
+    linear_values: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
 ) -> dict[str, float]:
-    """How well V predicts the end of held-out answers. Never NaN: where nothing varies, 0.
+    """How well V predicts the end of held-out answers. Never NaN: where nothing varies, 0. Answers without states are
+    passed over.
 
     Args:
         values: V at each state, float (tokens,), packed as pack_answers has it; in standard deviations of the reward.
@@ -245,17 +294,20 @@ def value_metrics(
         offsets: long (answers + 1,).
         td_lambda: of the returns that "loss" is measured against.
         linear_values: the linear head's values at the same states.
+        gamma: γ, the discount of the returns.
 
     Returns:
         loss: mean over tokens of (V − λ-return)². explained_variance: 1 − mean (V − G)² / Var G over tokens, G the
-        answer's final reward: 0 is the best constant, 1 perfect; explained_variance_linear: the linear head's.
+        answer's final reward, discounted by γ: 0 is the best constant, 1 perfect; explained_variance_linear: the
+        linear head's.
         rank_correlation_q1 … q4: Spearman's, over answers, of the final reward and V when a quarter, … , all of the
         answer is seen. calibration_slope: of the regression of G on V; 1 is calibrated, below 1 V exaggerates.
     """
-    values, rewards = values.double(), rewards.double()
     lengths = offsets.diff()
-    returns = rewards.repeat_interleave(lengths)
-    targets = lambda_returns(values, rewards, offsets, td_lambda)
+    values, rewards, lengths = values.double(), rewards[lengths > 0].double(), lengths[lengths > 0]
+    offsets = torch.cat([offsets[:1], lengths.cumsum(0)])
+    returns = lambda_returns(values, rewards, offsets, 1.0, gamma)
+    targets = lambda_returns(values, rewards, offsets, td_lambda, gamma)
     centred = values - values.mean()
     spread = centred.square().sum()
     metrics = {
@@ -279,8 +331,11 @@ class ValueObjective:
         train_dataset: for the linear head that V is compared with; None compares with none.
     """
 
-    def __init__(self, head: ValueHead, train_dataset: Any, *, td_lambda: float, device: torch.device):
-        self.head, self.train_dataset, self.td_lambda, self.device = head, train_dataset, td_lambda, device
+    def __init__(
+        self, head: ValueHead, train_dataset: Any, *, td_lambda: float, gamma: float = 1.0, device: torch.device
+    ):
+        self.head, self.train_dataset, self.device = head, train_dataset, device
+        self.td_lambda, self.gamma = td_lambda, gamma
 
     @cached_property
     def linear_head(self) -> ValueHead | None:
@@ -288,14 +343,14 @@ class ValueObjective:
         if self.train_dataset is None:
             return None
         device = float64_device(self.device)
-        return fit_linear_head(self.train_dataset, reward=self.head.config.reward, device=device).to(self.device)
+        scale = self.head.config.reward
+        return fit_linear_head(self.train_dataset, gamma=self.gamma, reward=scale, device=device).to(self.device)
 
     def losses(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Of each token, (tokens,)."""
         values: Tensor = model(batch["hidden_states"])
-        returns = lambda_returns(
-            values.detach(), self._standardized(batch["rewards"]), batch["offsets"], self.td_lambda
-        )
+        rewards = self._standardized(batch["rewards"])
+        returns = lambda_returns(values.detach(), rewards, batch["offsets"], self.td_lambda, self.gamma)
         return (values - returns).square()
 
     def observe(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -307,7 +362,8 @@ class ValueObjective:
     def metrics(self, observed: Tensor, rewards: Tensor, offsets: Tensor) -> dict[str, float]:
         """See value_metrics."""
         linear = observed[:, 1] if observed.shape[1] > 1 else None
-        return value_metrics(observed[:, 0], self._standardized(rewards), offsets, self.td_lambda, linear)
+        rewards = self._standardized(rewards)
+        return value_metrics(observed[:, 0], rewards, offsets, self.td_lambda, linear, gamma=self.gamma)
 
     def _standardized(self, rewards: Tensor) -> Tensor:
         scale = self.head.config.reward

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,
 
 TAGS = ("recontrol", "test-time-alignment", "representation-editing")
 MAX_TEXT = 500
+MAX_POINTS = 24
 METRIC_NAMES = {
     "explained_variance": "Explained variance of the reward",
     "explained_variance_linear": "Explained variance of the reward, by a linear head",
@@ -24,6 +25,7 @@ METRIC_NAMES = {
     "kl_per_token": "KL from the base model at scale 1, nats per token",
     "kl_per_answer": "KL from the base model at scale 1, nats per answer",
     "clipped": "Share of tokens beyond the clipping range",
+    "distance": "Mean squared distance from the values it was distilled from",
 }
 OBJECTIVES = {
     "value": "squared error to the λ-return of the reward, over the tokens of the base model's own answers",
@@ -34,15 +36,22 @@ TRAINING_NAMES = {
     "answers": "Answers",
     "tokens": "Tokens",
     "td_lambda": "λ of the returns (0: Bellman, 1: Monte Carlo)",
+    "gamma": "γ of the returns (1: no discount)",
+    "prompts": "Prompts of the rollouts, with those held out",
     "recipe": "Recipe",
     "steps": "Steps",
     "epochs": "Epochs",
     "batch_size": "Answers in a batch",
     "learning_rate": "Learning rate",
+    "lr_scheduler_type": "Its schedule",
+    "weight_decay": "Weight decay",
+    "max_grad_norm": "Gradients are clipped to this norm (0: not)",
     "ridge": "Ridge",
     "beta": "β of the KL from the base model",
     "clip_ratio": "Probability ratios are clipped to this and its inverse",
     "iterations": "Rounds of answers collected",
+    "heads": "Heads of other seeds whose values it was distilled from",
+    "kappa": "κ: their mean, less κ standard deviations of their disagreement",
     "seed": "Seed",
 }
 
@@ -78,8 +87,8 @@ class CardFacts:
     calibration: Sequence[Sequence[float]] = ()
     """Pairs (mean KL per token in nats, the α at n steps, or the scale, that gives it)."""
     info: Mapping[str, Any] = field(default_factory=dict)
-    """The config's `info`. Read: training, evaluation (figures by name, `name_interval`, `answers`, `seed`), data,
-    license, language."""
+    """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
+    `name_interval`, `answers`, `seed`), data, license, language."""
 
 
 def card(facts: CardFacts) -> str:
@@ -108,6 +117,7 @@ def card(facts: CardFacts) -> str:
         calibration=[(f"{kl:g}", f"{step_size:.4g}") for kl, step_size in facts.calibration],
         calibration_states=_number(_mapping(facts.info, "calibration").get("states")),
         training=list(_training(facts)),
+        curves=list(_curves(facts)),
         evaluation=shown_results,
         evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
     ).content
@@ -188,6 +198,14 @@ def _training(facts: CardFacts) -> Iterator[str]:
             yield f"{TRAINING_NAMES.get(name) or code(name)}: {code(value) if isinstance(value, str) else value}"
 
 
+def _curves(facts: CardFacts) -> Iterator[tuple[str | None, str]]:
+    for name, points in _mapping(facts.info, "curves").items():
+        pairs = [_pair(point) for point in points] if isinstance(points, list) else []
+        shown = [f"{pair[0]:g}: {pair[1]:.4g}" for pair in pairs if pair is not None]
+        if shown:
+            yield code(name), ", ".join(shown[:MAX_POINTS])
+
+
 def _results(facts: CardFacts) -> list[EvalResult]:
     evaluation = _mapping(facts.info, "evaluation")
     n, seed = _number(evaluation.get("answers")), _number(evaluation.get("seed"))
@@ -198,7 +216,7 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         if name in ("answers", "seed") or name.endswith("_interval"):
             continue
         parts = value if isinstance(value, list) else [value]
-        interval = _interval(evaluation.get(f"{name}_interval")) if len(parts) == 1 else None
+        interval = _pair(evaluation.get(f"{name}_interval")) if len(parts) == 1 else None
         conditions = {"n": n, "seed": seed, "interval": interval}
         for i, part in enumerate(parts):
             where = f", part {i + 1} of {len(parts)} of the answer" if len(parts) > 1 else ""
@@ -230,7 +248,7 @@ def _number(value: object) -> int | float | None:
     return value if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore[return-value, arg-type]
 
 
-def _interval(value: object) -> list[int | float] | None:
+def _pair(value: object) -> list[int | float] | None:
     ends = [_number(end) for end in value] if isinstance(value, list | tuple) and len(value) == 2 else []
     return [end for end in ends if end is not None] if ends and None not in ends else None
 

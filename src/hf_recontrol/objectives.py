@@ -5,43 +5,51 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def lambda_returns(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float) -> Tensor:
-    """v_T = r, v_t = (1 − λ) V(s_{t+1}) + λ v_{t+1}: each state's target in each answer. No gradient flows through.
+def lambda_returns(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float, gamma: float = 1.0) -> Tensor:
+    """v_T = r, v_t = γ ((1 − λ) V(s_{t+1}) + λ v_{t+1}): each state's target in each answer. No gradient flows through.
 
     λ = 0 is the target of Kong et al. 2024 (arXiv:2406.05954: V(s_t) towards stop-grad V(s_{t+1}), and towards the
-    reward at the end); λ between 0 and 1 gives Sutton's λ-returns (1988). Undiscounted, as in the paper. T is an
-    answer's last token: s_T is the state that predicted it.
+    reward at the end); λ between 0 and 1 gives Sutton's λ-returns (1988). γ = 1 is the paper, which has no discount.
+    T is an answer's last token: s_T is the state that predicted it.
 
     Args:
         values: V(s_t), float (tokens,), in the units of `rewards`; the tokens of all answers one after the other.
         rewards: float (answers,). That of an empty answer is not read.
         offsets: int64 (answers + 1,), from 0 to tokens: answer i has the tokens offsets[i] to offsets[i + 1] − 1.
         td_lambda: λ, 0 to 1.
+        gamma: γ, above 0 to 1: what a reward is worth one token earlier.
 
     Returns:
         (tokens,), in the dtype of `values`.
 
     Raises:
-        ValueError: λ is out of bounds, or the offsets do not cut the values into one run per reward.
+        ValueError: λ or γ is out of bounds, or the offsets do not cut the values into one run per reward.
 
     Example:
         >>> lambda_returns(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([1.0]), torch.tensor([0, 3]), 0.0)
         tensor([0.2500, 0.0000, 1.0000])
     """
-    _check(values, rewards, offsets, td_lambda)
+    _check(values, rewards, offsets, td_lambda, gamma)
     rewards, lengths = rewards.to(values.dtype), offsets.diff()
     if td_lambda == 1:  # no recursion to do, and V is not read: it may be NaN
-        return torch.repeat_interleave(rewards, lengths)
+        returns = torch.repeat_interleave(rewards, lengths)
+        return returns if gamma == 1 else returns * gamma ** tokens_left(offsets).to(values.dtype)
     last = offsets[1:][lengths > 0] - 1
-    targets = torch.cat([values[1:], values[:1]])  # V(s_{t+1}); what stands at an answer's last token is replaced next
+    targets = gamma * torch.cat([values[1:], values[:1]])  # γ V(s_{t+1}); an answer's last token is replaced next
     targets[last] = rewards[lengths > 0]
     if td_lambda == 0:
         return targets
     remaining = lengths[lengths > 0]
     for back in range(1, int(remaining.max()) if len(remaining) else 0):  # one step back in all answers at once
         t = last[remaining > back] - back
-        targets[t] = (1 - td_lambda) * targets[t] + td_lambda * targets[t + 1]
+        targets[t] = (1 - td_lambda) * targets[t] + td_lambda * gamma * targets[t + 1]
     return targets
+
+
+def tokens_left(offsets: Tensor) -> Tensor:
+    """T − t at each token, int64 (tokens,): how many of its answer come after it."""
+    last = torch.repeat_interleave(offsets[1:], offsets.diff())
+    return last - 1 - torch.arange(len(last), device=last.device)
 
 
 def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
@@ -64,9 +72,11 @@ def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip_ratio: float) -> T
     return torch.minimum(ratios * advantages, ratios.clamp(1 / clip_ratio, clip_ratio) * advantages)
 
 
-def _check(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float) -> None:
+def _check(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: float, gamma: float) -> None:
     if not 0 <= td_lambda <= 1:
         raise ValueError(f"td_lambda is {td_lambda!r}; it must be from 0 (Bellman) to 1 (Monte Carlo).")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma!r}; it must be above 0, and 1 (no discount) or less.")
     if values.ndim != 1 or rewards.ndim != 1 or offsets.shape != (len(rewards) + 1,):
         raise ValueError(
             f"values, rewards and offsets have the shapes {tuple(values.shape)}, {tuple(rewards.shape)} and "

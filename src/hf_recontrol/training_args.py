@@ -1,10 +1,8 @@
 """TrainingArguments for a head: the objective, and defaults that suit a small head, not a language model."""
 
 import copy
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from transformers import TrainingArguments
@@ -34,6 +32,17 @@ SETTINGS: dict[str | None, dict[str, Any]] = {
         "max_grad_norm": 0.0,  # unclipped, Adam's steps are the same for the paper's sum over tokens and our mean
     },
 }
+METRICS = {
+    "loss": False,
+    "explained_variance": True,
+    **{f"rank_correlation_q{quarter}": True for quarter in (1, 2, 3, 4)},
+    "gain": True,
+    "kl_per_token": False,
+    "kl_per_answer": False,
+    "clipped": False,
+    "distance": False,
+}
+"""What evaluate() measures that can be best (a calibration_slope is best at 1), and whether greater is better."""
 
 
 def _setting(name: str, text: str) -> Any:
@@ -60,6 +69,13 @@ class RecontrolTrainingArguments(TrainingArguments):
     td_lambda: float = _setting(
         "td_lambda", "λ of the returns that V is fitted to, 0 (Bellman) to 1 (Monte Carlo: the final reward)."
     )
+    gamma: float = field(
+        default=1.0,
+        metadata={
+            "help": "γ of the returns, above 0 to 1: what the reward, in its standard deviations from the mean, is "
+            "worth one token earlier. 1, as in the paper, is no discount."
+        },
+    )
     beta: float = field(
         default=0.3,
         metadata={"help": "β of a control's KL from the base model, in standard deviations of the reward per nat."},
@@ -81,6 +97,12 @@ class RecontrolTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must be False: the filter would log a NaN loss as 0 and train on."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "All parameters of a head are used at each step."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "A head's buffers, the inputs' mean and std, are fixed."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: the columns of rollouts are not V's arguments."}
     )
@@ -96,9 +118,13 @@ class RecontrolTrainingArguments(TrainingArguments):
         self._left_out = [name for name in DEFAULTS if getattr(self, name) is None]
         for name in self._left_out:
             setattr(self, name, SETTINGS[self.recipe][name])
+        self._read_numbers()
+        self._settle_the_best()
         super().__post_init__()
         if not 0 <= self.td_lambda <= 1:
             raise ValueError(f"td_lambda is {self.td_lambda!r}; it must be from 0 (Bellman) to 1 (Monte Carlo).")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma!r}; it must be above 0, and 1 (no discount) or less.")
         if not 0 < self.beta < math.inf or not 1 < self.clip_ratio < math.inf:
             raise ValueError(
                 f"beta is {self.beta!r} and clip_ratio {self.clip_ratio!r}; they must be finite, beta > 0 and "
@@ -111,6 +137,7 @@ class RecontrolTrainingArguments(TrainingArguments):
             ("bf16_full_eval", "a head computes in float32"),
             ("fsdp", "a head fits on one device"),
             ("deepspeed", "a head fits on one device"),
+            ("enable_jit_checkpoint", "RecontrolTrainer itself writes a checkpoint on SIGTERM, and exits with 143"),
         ):
             if getattr(self, name):
                 raise ValueError(
@@ -122,6 +149,29 @@ class RecontrolTrainingArguments(TrainingArguments):
                 "a head's repository holds config.json, model.safetensors and README.md. Use 'every_save' or 'end'."
             )
 
+    def _read_numbers(self) -> None:
+        """YAML reads 1e-4, without a point, as a text."""
+        for name in [one.name for one in fields(self) if one.type is float]:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, float(value))
+                except ValueError:
+                    raise ValueError(f"{name} is {value!r}; it must be a number.") from None
+
+    def _settle_the_best(self) -> None:
+        """Which way metric_for_best_model is better, where that is not said."""
+        if self.metric_for_best_model is None:
+            return
+        known = [name for name in METRICS if self.metric_for_best_model.endswith(name)]
+        if not known:
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}; it must be one of {', '.join(METRICS)}, "
+                "with the evaluation set's name and _ in front where there are several."
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = METRICS[max(known, key=len)]
+
     def for_control(self) -> Self:
         """These, with recipe="control" where no recipe was given: it fills in the fields that were left out."""
         if self.recipe is not None:
@@ -131,24 +181,3 @@ class RecontrolTrainingArguments(TrainingArguments):
         for name in self._left_out:
             setattr(args, name, SETTINGS["control"][name])
         return args
-
-
-def newest_complete_checkpoint(output_dir: str | Path) -> str:
-    """The checkpoint folder with the most steps whose trainer_state.json, the last file to be written, can be read.
-
-    A run that was killed while it saved leaves a folder without one, and Trainer would try to resume from that.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdecimal()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    raise ValueError(
-        f"{str(output_dir)!r} holds no complete checkpoint to resume from, of {len(folders)} begun. "
-        "Start without resume_from_checkpoint."
-    )

@@ -1,0 +1,89 @@
+"""Run by `torchrun` in test_distributed.py: trains heads, and writes what each process ended with."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny import tiny_model
+from transformers import TrainerCallback
+
+from hf_recontrol import (
+    ControlHead,
+    ControlHeadConfig,
+    RecontrolTrainer,
+    RecontrolTrainingArguments,
+    RolloutDataset,
+    ValueHead,
+    ValueHeadConfig,
+)
+
+HEADS = {
+    "value": lambda: ValueHead(ValueHeadConfig(16, intermediate_size=8)),
+    "bellman": lambda: ValueHead(ValueHeadConfig(16, intermediate_size=8)),
+    "control": lambda: ControlHead(ControlHeadConfig(16, intermediate_size=8)),
+}
+MORE = {
+    "value": {},
+    "bellman": {"td_lambda": 0.5, "gamma": 0.9, "gradient_accumulation_steps": 2},
+    "control": {"beta": 0.5},
+}
+
+
+class Killed(TrainerCallback):
+    """Sends SIGTERM to one of the processes, when the batch of step 8 is drawn."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 7 and args.process_index == 1:
+            os.kill(os.getpid(), 15)
+
+
+def train(folder, kind, name=None, callbacks=None):
+    """The trainer, after it."""
+    train_set, held_out = RolloutDataset(folder / "rollouts").split(0.25)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = RecontrolTrainingArguments(
+        str(folder / f"{name or kind}-{world}"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=25,
+        save_steps=25,
+        max_steps=50,
+        learning_rate=1e-2,
+        per_device_train_batch_size=32 // world // MORE[kind].get("gradient_accumulation_steps", 1),
+        per_device_eval_batch_size=14 // world,
+        **MORE[kind],
+    )
+    torch.manual_seed(0)
+    trainer = RecontrolTrainer(
+        HEADS[kind](),
+        arguments,
+        train_dataset=train_set,
+        eval_dataset=held_out,
+        base_model=tiny_model(),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return trainer
+
+
+def report(folder, kind, trainer):
+    head, rank = trainer.model, trainer.args.process_index
+    facts = {
+        "weights": {name: tensor.tolist() for name, tensor in head.state_dict().items()},
+        "control": head.config.to_dict()["control"],
+        "info": head.config.info,
+    }
+    (folder / f"{kind}-{trainer.args.world_size}-{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where = Path(sys.argv[1])
+    for one in HEADS:
+        report(where, one, train(where, one))
+    train(where, "value", name="terminated", callbacks=[Killed()])
