@@ -24,6 +24,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     StoppingCriteria,
+    WhisperForConditionalGeneration,
 )
 
 from hf_recontrol import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
@@ -383,6 +384,30 @@ def test_unknown_keywords_go_through_the_preparation_of_inputs(enabled, architec
     prepared = model.prepare_inputs_for_generation(input_ids=ids, **keywords)
     assert prepared.items() >= keywords.items()
     assert prepared["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"].tolist() == ids.tolist()
+
+
+def test_a_class_keeps_the_names_and_words_of_what_it_has_of_its_own():
+    class Steerable(RecontrolGenerationMixin, WhisperForConditionalGeneration):
+        pass
+
+    for name in ("generate", "prepare_inputs_for_generation"):
+        mine, its = getattr(Steerable, name), getattr(WhisperForConditionalGeneration, name)
+        assert inspect.signature(mine) == inspect.signature(its)
+        assert mine.__doc__ == its.__doc__
+    assert inspect.signature(Steerable.generate) != inspect.signature(GenerationMixin.generate)
+
+
+def test_prompts_that_a_class_calls_by_another_name_may_be_given_by_it():
+    class Named(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, decoder_input_ids, **kwargs):  # as Rag's
+            return super().prepare_inputs_for_generation(decoder_input_ids, **kwargs)
+
+    class Steerable(RecontrolGenerationMixin, Named):
+        pass
+
+    ids = prompts()["input_ids"]
+    prepared = Steerable(tiny_model().config).prepare_inputs_for_generation(decoder_input_ids=ids)
+    assert prepared["input_ids"].tolist() == ids.tolist()
 
 
 # A forward by itself
