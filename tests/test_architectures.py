@@ -2,7 +2,8 @@
 
 import pytest
 import transformers
-from architectures import ALL, NOT_RUN, REFUSED, classes, outcome, section, section_of_readme
+from architecture_configs import ALL, classes
+from architectures import NOT_RUN, REFUSED, outcome, section, section_of_readme
 
 SAMPLE = {
     "LlamaForCausalLM": "the plainest",

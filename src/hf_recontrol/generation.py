@@ -19,9 +19,13 @@ class RecontrolGenerationMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # signatures say which keywords a model takes, so what it has of its own is wrapped class by class
         stock = getattr(cls, "prepare_inputs_for_generation", None)
-        if stock is not None:  # its signature says which keywords the model takes, so it is wrapped class by class
+        if stock is not None:
             cls.prepare_inputs_for_generation = _noting(stock)  # type: ignore[attr-defined]
+        stock = getattr(super(), "generate", None)
+        if stock is not None and cls.generate is RecontrolGenerationMixin.generate:
+            cls.generate = _steering(stock)  # type: ignore[method-assign]
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,13 +73,23 @@ class RecontrolGenerationMixin:
         return reduced if stock is None else (_new_enabled, (stock,), *reduced[2:])
 
 
+def _steering(stock: Any) -> Any:
+    """generate() with the signature and docstring that the model's class gives it: Whisper, for one, has its own."""
+
+    @functools.wraps(stock)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return steered_generate(super(RecontrolGenerationMixin, self).generate, self, args, kwargs)
+
+    return generate
+
+
 def _noting(stock: Any) -> Any:
     """prepare_inputs_for_generation, which every decoding loop calls before each forward with all tokens so far."""
 
     @functools.wraps(stock)
-    def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        note_tokens(input_ids)
-        return stock(self, input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note_tokens(args[0] if args else kwargs.get("input_ids"))  # Rag names them otherwise
+        return stock(self, *args, **kwargs)
 
     return prepare_inputs_for_generation
 
