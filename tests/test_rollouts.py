@@ -37,6 +37,12 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def other_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "w3"
+    return tokenizer
+
+
 def collect(folder, prompts=PROMPTS, reward=length, model=None, tokenizer=None, **options):
     model, tokenizer = model or tiny_model(), tokenizer or tiny_tokenizer()
     return collect_rollouts(model, tokenizer, prompts, reward, folder, **(OPTIONS | options))
@@ -226,6 +232,8 @@ def test_a_complete_folder_is_returned_without_generating(tmp_path, monkeypatch)
         ({"reward_weights": [2.0]}, r"rewards.length is 1.0 there and 2.0 here"),
         ({"reward": lambda completions, **kwargs: length(completions)}, "rewards"),
         ({"model": tiny_model(seed=1)}, "weights_sample_sha256"),
+        ({"model": tiny_model(rms_norm_eps=0.1)}, "config_sha256"),
+        ({"tokenizer": other_tokenizer()}, "tokenizer_sha256"),
         ({"model": tiny_model().bfloat16()}, "dtype is 'float32' there and 'bfloat16' here"),
     ],
 )
@@ -233,6 +241,16 @@ def test_a_folder_begun_with_other_settings_is_refused_with_the_field_named(tmp_
     before = contents(complete)
     with pytest.raises(CollectError, match=field):
         collect(complete, **change)
+    assert contents(complete) == before
+
+
+def test_other_collecting_code_is_refused_and_another_release_is_not(complete, monkeypatch):
+    before = contents(complete)
+    monkeypatch.setattr("hf_recontrol.rollout_store.package_version", lambda: "9.9.9")
+    collect(complete)
+    monkeypatch.setattr("hf_recontrol.rollouts.COLLECTOR_VERSION", 99)
+    with pytest.raises(CollectError, match="collector_version is 1 there and 99 here"):
+        collect(complete)
     assert contents(complete) == before
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .control import Controller
 from .errors import CollectError
@@ -95,6 +102,7 @@ class Collector:
             "rewards": {},
             "finish_reason": finish,
             "length": len(token_ids),
+            "finite": True,  # its hidden states
         }
 
     def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor, list[int | None]]:
@@ -112,6 +120,7 @@ class Collector:
             attention_mask=attention_mask.to(device),
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
+            logits_processor=LogitsProcessorList([_Samplable()]),
             controller=self.controller,
             recontrol_value_head=False,  # whatever the model's defaults say
             **({"eos_token_id": eos or None} | self.generation),
@@ -137,6 +146,14 @@ class Collector:
             if found is not None:
                 return [found] if isinstance(found, int) else list(found)
         return []
+
+
+class _Samplable(LogitsProcessor):
+    """Lets a row be sampled whose logits are not finite, for torch would refuse all of its batch."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        sound = scores.amax(-1, keepdim=True).isfinite()  # −∞ is a token that was ruled out
+        return torch.where(sound, scores, 0.0)
 
 
 class _StopStrings(StoppingCriteria):

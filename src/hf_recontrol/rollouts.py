@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,15 @@ from transformers.utils import logging
 
 from .config_checks import shown
 from .control import Controller
-from .head_hub import package_version
+from .finite_states import Contents, check_share, left_out, without_bad_states
 from .hooks import model_name
+from .preemption import Preemption
+from .processes import Processes
 from .rewards import RESERVED, RewardFunc, Rewards, Text
 from .rollout_blocks import Collector, evaluating, seeded
 from .rollout_store import RolloutDataset, RolloutStore
+
+COLLECTOR_VERSION = 1  # raised when the same settings give other rollouts: a folder is not resumed across that
 
 _OWN_GENERATE = set(
     """inputs input_ids inputs_embeds attention_mask do_sample max_length max_new_tokens num_return_sequences
@@ -52,8 +57,13 @@ def collect_rollouts(
 
     The disk takes hidden_size × bytes per number for each token: 1 MiB per 128 tokens of a 7B model in bfloat16.
     Interrupted in any way, call it again with the same arguments: committed blocks are kept, the others are made as
-    they would have been (bit for bit, on the same machine and versions). Torch's random state, the tokenizer and the
+    they would have been (bit for bit, on the same machine and versions). On SIGTERM, in the main thread, the block in
+    hand is finished, for at most 20 seconds, and SystemExit(143) raised. Torch's random state, the tokenizer and the
     model's mode are left as they were.
+
+    In a script that `accelerate launch` or torchrun has started in several processes, each calls this with the same
+    arguments, and a model of its own. They share the blocks out, wait for each other, and return the same rollouts as
+    one process would; their number may change when a run is resumed.
 
     State s_t is the one that predicts token t (Kong et al. 2024, arXiv:2406.05954, section 4): an answer that ended by
     EOS has a state for EOS, its last.
@@ -89,8 +99,10 @@ def collect_rollouts(
 
     Raises:
         TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
-        CollectError: a prompt with no room for its answer, a folder with other settings, a wrong return of a reward
-            function, or a full disk.
+        CollectError: a prompt with no room for its answer, a folder with other settings or in use by another run, a
+            wrong return of a reward function, a full disk, another process of the run that has ended, or hidden states
+            that are not finite in more than 5 % of the answers. Where they are fewer, these answers have no states, and
+            a warning says how many.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; rollouts are of decoder-only models.")
@@ -116,31 +128,72 @@ def collect_rollouts(
         "prompts": len(texts),
         "prompts_sha256": _hash(_as_json(text, extra, i) for i, text in enumerate(texts)),
         "prompt_token_ids_sha256": _hash(repr(ids) for ids in collector.checked_token_ids()),
+        "tokenizer_sha256": _hash(_tokenizer_facts(tokenizer)),
         "generation": {**generation, "stop_strings": stop, "model_defaults": generation_defaults(model)},
         "num_return_sequences": num_return_sequences,
         "block_size": block_size,
         "drop_truncated": drop_truncated,
         "seed": seed,
         "rewards": dict(zip(reward_funcs.names, reward_funcs.weights, strict=True)),
-        "hf_recontrol_version": package_version(),
+        "collector_version": COLLECTOR_VERSION,
     }
     if controller is not None:
         fingerprint["control"] = controller.facts()
-    with RolloutStore(output_dir, fingerprint) as store, evaluating(model):
-        _collect_missing(collector, store, block_size, seed, progress)
+    _collect_together(collector, output_dir, fingerprint, progress)
     return RolloutDataset(output_dir, verify=False)  # the store has checked each block, or has just written it
 
 
-def _collect_missing(collector: Collector, store: RolloutStore, block_size: int, seed: int, progress: bool) -> None:
+def _collect_together(
+    collector: Collector, output_dir: str | os.PathLike[str], fingerprint: dict[str, Any], progress: bool
+) -> None:
+    """Make the folder complete, with the other processes if there are some."""
+    with Preemption() as preemption, Processes(collector.model.device.type) as processes, evaluating(collector.model):
+        first = processes.rank == 0
+        if not first:
+            processes.wait()  # until the first has mended the folder
+        with RolloutStore(output_dir, fingerprint, process=processes.rank) as store:
+            if first:
+                processes.wait()
+            _collect_missing(collector, store, fingerprint, processes, preemption, progress and first)
+            if not first:
+                store.close()
+            processes.wait()
+            if first:
+                store.take_over()
+                answers, not_finite = store.answers
+                if not_finite:
+                    warnings.warn(left_out(answers, not_finite, output_dir), stacklevel=3)
+        processes.wait()
+
+
+def _collect_missing(
+    collector: Collector,
+    store: RolloutStore,
+    fingerprint: dict[str, Any],
+    processes: Processes,
+    preemption: Preemption,
+    progress: bool,
+) -> None:
+    """Collect those of the missing blocks that no other process has begun."""
     prompts, answers = range(len(collector.prompts)), collector.num_return_sequences
+    starts = prompts[:: fingerprint["block_size"]]
+    there = processes.from_first(torch.tensor([block in store.committed for block in range(len(starts))]))
     with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
-        for block, start in enumerate(prompts[::block_size]):
-            prompt_ids = prompts[start : start + block_size]
-            if block not in store.committed:
-                with seeded(collector.model.device.type, _block_seed(seed, block)):
-                    contents = collector.collect(prompt_ids)
-                store.commit(block, *contents)
+        for block, start in enumerate(starts):
+            prompt_ids = prompts[start : start + fingerprint["block_size"]]
+            if not there[block] and (processes.size == 1 or store.claim(block)):
+                with preemption.finishing():
+                    with seeded(collector.model.device.type, _block_seed(fingerprint["seed"], block)):
+                        contents = without_bad_states(collector.collect(prompt_ids))
+                    _commit(store, block, contents)
             bar.update(answers * len(prompt_ids))
+
+
+def _commit(store: RolloutStore, block: int, contents: Contents) -> None:
+    answers, not_finite = store.answers
+    rows = contents[-1]
+    check_share(answers + len(rows), not_finite + sum(row.get("finite") is False for row in rows))
+    store.commit(block, *contents)
 
 
 def _as_columns(prompts: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Sequence[Text], dict[str, Any]]:
@@ -218,9 +271,25 @@ def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "base_model_revision": getattr(model.config, "_commit_hash", None),
         "base_model_type": model.config.model_type,
         "hidden_size": getattr(text_config, "hidden_size", None),
+        "config_sha256": _hash([_config_json(model)]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights_sample_sha256": _hash(_samples(model)),
     }
+
+
+def _config_json(model: PreTrainedModel) -> str:
+    """What of the config decides the forward pass, and is not in the fingerprint by itself."""
+    config = model.config.to_diff_dict()
+    others = {"transformers_version", "_name_or_path", "dtype", "use_cache"}
+    kept = {name: value for name, value in config.items() if name not in others and not name.endswith("_token_id")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the answers' texts and ends depend on."""
+    yield f"eos {tokenizer.eos_token_id}"
+    for token, i in sorted(tokenizer.get_vocab().items()):
+        yield f"{i} {token}"
 
 
 def _samples(model: PreTrainedModel) -> Iterator[str]:
