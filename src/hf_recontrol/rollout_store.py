@@ -228,15 +228,13 @@ class RolloutStore:
                     if self._blocks.get(block.block) != block:
                         self._append(block._asdict())
                         self._blocks[block.block] = block
-        os.fsync(self._manifest.fileno())  # a line that was there already may be in memory only
+        os.fsync(self._manifest.fileno())  # a process that was killed may have left lines that are in memory only
         for path in (*others, *unfinished_files(self.output_dir)):
             path.unlink()
 
     def _mend(self) -> None:
         """Cut the manifest to what is known to be whole, and set damaged files aside."""
         self._manifest.truncate(self._size)
-        os.fsync(self._manifest.fileno())  # a process that was killed may have left lines that are in memory only
-        sync_folder(self.output_dir)
         damaged = {b.block: names for b in self._blocks.values() if (names := damaged_files(self.output_dir, b))}
         there = [path for names in damaged.values() for name in names if (path := self.output_dir / name).is_file()]
         aside = [set_aside(path) for path in there]
