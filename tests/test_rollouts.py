@@ -482,3 +482,22 @@ def test_progress_is_shown_unless_it_is_not_wanted(tmp_path, capsys, monkeypatch
     assert "6/6" in capsys.readouterr().err
     collect(tmp_path / "b", progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rollouts(tmp_path):
+    """10,000 answers, whose states are 160 MB: what is resident after the first thousand stays."""
+    resident = []
+
+    def reward(completions, **kwargs):
+        with open("/proc/self/statm") as file:
+            resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE"))
+        return length(completions)
+
+    model = tiny_model(hidden_size=256, max_position_embeddings=64)
+    prompts = [f"w{3 + i % 60} w{3 + i // 60 % 60}" for i in range(2500)]
+    settings = {"num_return_sequences": 4, "block_size": 8, "max_new_tokens": 16, "generation_kwargs": None}
+    dataset = collect(tmp_path, prompts, reward, model, **settings)
+    bytes_of_states = int(dataset.lengths.sum()) * 256 * 4
+    assert bytes_of_states > 100e6, "the test says too little"
+    assert max(resident) - max(resident[: len(resident) // 10]) < 20e6
