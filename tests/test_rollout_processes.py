@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from hf_recontrol import processes
 from hf_recontrol.errors import CollectError
-from hf_recontrol.processes import Processes
+from hf_recontrol.processes import Processes, check_own
 from hf_recontrol.rollout_store import RolloutDataset
 from hf_recontrol.rollouts import collect_rollouts
 
@@ -211,6 +211,27 @@ def test_sigterm_to_a_group_finishes_the_blocks_in_hand_and_leaves_with_143(tmp_
     assert not list((tmp_path / "run").glob("*.jsonl.tmp"))
     collect(tmp_path / "run")
     assert contents(tmp_path / "run") == contents(alone)
+
+
+def test_a_model_that_is_split_over_the_processes_is_refused(tmp_path):
+    def work(folder):
+        from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+        model = tiny_model()
+        with Processes("cpu"):
+            mesh = init_device_mesh("cpu", (2,))
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.data, mesh))
+        with pytest.raises(ValueError, match="split over the processes"):
+            check_own(model)
+        check_own(tiny_model())
+        return collect(folder)
+
+    statuses, told = Run(tmp_path / "run", 2, work).end()
+    assert statuses == [0, 0], told
+    model = tiny_model()
+    model.lm_head.weight.ds_id = 3  # so DeepSpeed marks them
+    with pytest.raises(ValueError, match="Load a whole model in each"):
+        check_own(model)
 
 
 def test_a_process_alone_needs_no_accelerate(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -45,7 +47,8 @@ class Processes:
             initialized = True
         if initialized and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            with self._others_needed():
+                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 
     def __exit__(
@@ -67,17 +70,34 @@ class Processes:
         return values
 
     def _await(self, collective: Any, values: Tensor, **arguments: Any) -> None:
-        try:
+        with self._others_needed():
             work = collective(values, group=self._group, async_op=True, **arguments)
             while not work.is_completed():  # its own wait() would keep signals from being handled
                 time.sleep(0.01)
             work.wait()
+
+    @contextmanager
+    def _others_needed(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise CollectError(
                 f"Another of the {self.size} processes of this run has ended, or failed, or did not come within "
                 f"{PATIENCE}; its own output says why. What was committed is kept: call again with the same "
                 "arguments, in as many processes as you like."
             ) from error
+
+
+def check_own(model: torch.nn.Module) -> None:
+    """Raise ValueError if the model is split over processes, so that each needs the others for a forward pass."""
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are split over the processes (tensor parallel, FSDP or "
+            "DeepSpeed ZeRO-3), but each process answers other prompts. Load a whole model in each, or start one "
+            'process and split the model with device_map="auto".'
+        )
 
 
 def _launched() -> bool:

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from .config_checks import shown
 from .control import Controller
-from .finite_states import Contents, check_share, left_out, without_bad_states
+from .finite_states import check_share, left_out, without_bad_states
 from .hooks import model_name
 from .preemption import Preemption
-from .processes import Processes
+from .processes import Processes, check_own
 from .rewards import RESERVED, RewardFunc, Rewards, Text
 from .rollout_blocks import Collector, evaluating, seeded
 from .rollout_store import RolloutDataset, RolloutStore
@@ -98,7 +98,8 @@ def collect_rollouts(
         table only.
 
     Raises:
-        TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
+        TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated. Also a
+            model that is split over the processes.
         CollectError: a prompt with no room for its answer, a folder with other settings or in use by another run, a
             wrong return of a reward function, a full disk, another process of the run that has ended, or hidden states
             that are not finite in more than 5 % of the answers. Where they are fewer, these answers have no states, and
@@ -148,6 +149,8 @@ def _collect_together(
 ) -> None:
     """Make the folder complete, with the other processes if there are some."""
     with Preemption() as preemption, Processes(collector.model.device.type) as processes, evaluating(collector.model):
+        if processes.size > 1:
+            check_own(collector.model)
         first = processes.rank == 0
         if not first:
             processes.wait()  # until the first has mended the folder
@@ -177,7 +180,9 @@ def _collect_missing(
     """Collect those of the missing blocks that no other process has begun."""
     prompts, answers = range(len(collector.prompts)), collector.num_return_sequences
     starts = prompts[:: fingerprint["block_size"]]
-    there = processes.from_first(torch.tensor([block in store.committed for block in range(len(starts))]))
+    committed = store.committed
+    there = processes.from_first(torch.tensor([block in committed for block in range(len(starts))]))
+    collected, not_finite = store.answers
     with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
         for block, start in enumerate(starts):
             prompt_ids = prompts[start : start + fingerprint["block_size"]]
@@ -185,15 +190,11 @@ def _collect_missing(
                 with preemption.finishing():
                     with seeded(collector.model.device.type, _block_seed(fingerprint["seed"], block)):
                         contents = without_bad_states(collector.collect(prompt_ids))
-                    _commit(store, block, contents)
+                    collected += len(contents[-1])
+                    not_finite += sum(row.get("finite") is False for row in contents[-1])
+                    check_share(collected, not_finite)
+                    store.commit(block, *contents)
             bar.update(answers * len(prompt_ids))
-
-
-def _commit(store: RolloutStore, block: int, contents: Contents) -> None:
-    answers, not_finite = store.answers
-    rows = contents[-1]
-    check_share(answers + len(rows), not_finite + sum(row.get("finite") is False for row in rows))
-    store.commit(block, *contents)
 
 
 def _as_columns(prompts: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Sequence[Text], dict[str, Any]]:
