@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 
@@ -13,41 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import FINGERPRINT, block, contents, write
 from torch.utils.data import ConcatDataset
 
 from hf_recontrol.errors import CollectError
+from hf_recontrol.head_hub import package_version
+from hf_recontrol.rollout_files import MANIFEST
 from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
-
-FINGERPRINT = {"seed": 0, "hidden_size": 4, "generation": {"temperature": 1.0}}
-
-
-def block(number, lengths=(3, 0, 2), dtype=torch.float32):
-    """A block's arguments for commit: every number in it tells where it belongs."""
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    tokens = int(offsets[-1])
-    states = (torch.arange(tokens)[:, None] + 100.0 * number).expand(tokens, 4).to(dtype)
-    rewards = torch.arange(len(lengths)) + 10.0 * number
-    rows = [
-        {
-            "prompt_id": number,
-            "prompt": f"prompt {number}",
-            "completion": str(i),
-            "finish_reason": "eos",
-            "length": length,
-        }
-        for i, length in enumerate(lengths)
-    ]
-    return number, states, offsets, rewards, torch.arange(tokens), rows
-
-
-def write(folder, *numbers, **kwargs):
-    with RolloutStore(folder, FINGERPRINT) as store:
-        for number in numbers:
-            store.commit(*block(number, **kwargs))
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +43,7 @@ def test_the_files_are_as_documented(tmp_path):
     write(tmp_path, 0)
     assert sorted(contents(tmp_path)) == ["block-00000.jsonl", "block-00000.safetensors", "manifest.jsonl"]
     header, line = map(json.loads, (tmp_path / "manifest.jsonl").read_text().splitlines())
-    assert header == {"format_version": 1, "fingerprint": FINGERPRINT}
+    assert header == {"format_version": 1, "hf_recontrol_version": package_version(), "fingerprint": FINGERPRINT}
     digest = hashlib.sha256((tmp_path / "block-00000.safetensors").read_bytes()).hexdigest()
     table = hashlib.sha256((tmp_path / "block-00000.jsonl").read_bytes()).hexdigest()
     assert line == {
@@ -81,6 +54,7 @@ def test_the_files_are_as_documented(tmp_path):
         "table_sha256": table,
         "answers": 3,
         "tokens": 5,
+        "not_finite": 0,
     }
 
 
@@ -129,32 +103,76 @@ def test_every_cut_of_the_manifest_leaves_whole_blocks_only(tmp_path):
         assert manifest.read_bytes() == whole
 
 
-def test_unfinished_files_are_removed_and_foreign_ones_kept(tmp_path):
+def test_unfinished_files_are_removed_and_foreign_ones_kept_and_reported(tmp_path, caplog):
     write(tmp_path, 0)
-    (tmp_path / "block-00001.safetensors.tmp").write_bytes(b"half")
-    (tmp_path / "notes.txt").write_text("mine")
+    for unfinished in ("block-00001.safetensors.tmp", "block-00002.jsonl.tmp", "block-00003.claim.tmp"):
+        (tmp_path / unfinished).write_bytes(b"half")
+    foreign = ["block-notes.tmp", "manifest-old.jsonl", "notes.txt"]
+    for name in (*foreign, ".DS_Store"):
+        (tmp_path / name).write_text("mine")
     write(tmp_path, 1)
-    assert not list(tmp_path.glob("*.tmp"))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob("block-0*.tmp"))
+    assert all((tmp_path / name).read_text() == "mine" for name in (*foreign, ".DS_Store"))
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_recontrol.rollout_store"] == [
+        f"{tmp_path} has files that are no rollouts, and stay as they are: {foreign}"
+    ]
+    assert len(RolloutDataset(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("name", ["block-00001.safetensors", "block-00001.jsonl"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_damaged_block_is_named_by_readers_and_made_again_by_writers(tmp_path, name, harm):
+def test_a_damaged_file_is_named_by_readers_and_set_aside_by_writers_who_make_its_block_again(tmp_path, name, harm):
     write(tmp_path, 0, 1, 2)
     whole = contents(tmp_path)
     data = bytearray(whole[name])
-    data[-3] ^= 1
+    data[len(data) // 2] ^= 1
+    data = bytes(data if harm == "flip" else data[:-1])
     (tmp_path / name).unlink()
     if harm != "remove":
-        (tmp_path / name).write_bytes(data if harm == "flip" else data[:-1])
+        (tmp_path / name).write_bytes(data)
     with pytest.raises(CollectError, match=r"blocks \[1\] .* collect_rollouts again"):
         RolloutDataset(tmp_path)
-    with RolloutStore(tmp_path, FINGERPRINT) as store:
+    kept = [] if harm == "remove" else [f"{name}.bad"]
+    with pytest.warns(UserWarning, match=rf"blocks \[1\] .* kept as {re.escape(str(kept))}"):
+        store = RolloutStore(tmp_path, FINGERPRINT)
+    with store:
         assert store.committed == {0, 2}
         store.commit(*block(1))
     assert len(RolloutDataset(tmp_path)) == 6  # not 8: of two lines for a block the last counts
-    assert contents(tmp_path)[name] == whole[name]
+    assert {n: b for n, b in contents(tmp_path).items() if n != MANIFEST} == {
+        **{n: b for n, b in whole.items() if n != MANIFEST},
+        **dict.fromkeys(kept, data),
+    }
+
+
+def test_files_set_aside_are_numbered_and_never_overwritten(tmp_path):
+    write(tmp_path, 0)
+    shard = tmp_path / "block-00000.safetensors"
+    for harm in (b"one", b"two", b"three"):
+        shard.write_bytes(harm)
+        with pytest.warns(UserWarning, match="made anew"):
+            write(tmp_path, 0)
+    aside = {name: data for name, data in contents(tmp_path).items() if ".bad" in name}
+    assert aside == {f"{shard.name}.bad": b"one", f"{shard.name}.bad2": b"two", f"{shard.name}.bad3": b"three"}
+
+
+def test_a_file_damaged_under_an_open_store_is_found_after_a_commit_that_failed(tmp_path, monkeypatch):
+    with RolloutStore(tmp_path, FINGERPRINT) as store:
+        store.commit(*block(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", _broken)
+            with pytest.raises(CollectError, match="Input/output error"):
+                store.commit(*block(1))
+        (tmp_path / "block-00000.jsonl").write_bytes(b"what a broken disk left")
+        with pytest.warns(UserWarning, match=r"blocks \[0\]"):
+            store.commit(*block(1))
+        assert store.committed == {1}
+        store.commit(*block(0))
+    assert len(RolloutDataset(tmp_path)) == 4
+
+
+def _broken(file):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"null", b'{"block": 0}', b"\xff", b"[" * 100_000])
@@ -228,40 +246,6 @@ def test_an_answer_without_a_reward_is_in_the_table_only(tmp_path):
     assert len(list(dataset.rows())) == 3
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_after_a_full_disk_at_any_step_the_store_can_be_used_on(tmp_path, monkeypatch, call):
-    real = getattr(os, call)
-    for step in range(10):
-        folder = tmp_path / str(step)
-        with RolloutStore(folder, FINGERPRINT) as store:
-            store.commit(*block(0))
-            calls = iter(range(100))
-
-            def full(*args, calls=calls, step=step, **kwargs):
-                if next(calls) == step:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return real(*args, **kwargs)
-
-            monkeypatch.setattr(os, call, full)
-            failed = _fails(store)
-            monkeypatch.setattr(os, call, real)
-            if failed:
-                store.commit(*block(1))
-        assert RolloutDataset(folder).rewards.tolist() == [0, 2, 10, 12]
-        assert (folder / "manifest.jsonl").read_text().count("\n") == 3
-        if not failed:
-            assert step >= 2  # shard and table at least
-            break
-
-
-def _fails(store):
-    try:
-        store.commit(*block(1))
-    except CollectError as error:
-        return isinstance(error.__cause__, OSError) and "Earlier blocks are kept" in str(error)
-    return False
-
-
 def test_a_half_written_line_does_not_spoil_the_next(tmp_path, monkeypatch):
     with RolloutStore(tmp_path, FINGERPRINT) as store:
         store._manifest.write(b'{"block": 0, "sha')  # as a disk that got full in the middle of it leaves it
@@ -286,33 +270,6 @@ def _hold_open(folder, opened):
     with RolloutStore(folder, FINGERPRINT):
         opened.set()
         time.sleep(60)
-
-
-def _write_many(folder):
-    with RolloutStore(folder, FINGERPRINT) as store:
-        for number in range(200):
-            if number not in store.committed:
-                store.commit(*block(number))
-
-
-def test_kill_9_loses_no_committed_block_and_doubles_none(tmp_path):
-    context = multiprocessing.get_context("fork")
-    seen: set[int] = set()
-    for attempt in range(6):
-        process = context.Process(target=_write_many, args=(tmp_path,))
-        process.start()
-        time.sleep(0.05 + 0.03 * attempt)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        with RolloutStore(tmp_path, FINGERPRINT) as store:
-            assert seen <= store.committed
-            seen = set(store.committed)
-    assert seen, "killed before the first commit: the test says nothing"
-    write(tmp_path, *(set(range(max(seen) + 1)) - seen))
-    dataset = RolloutDataset(tmp_path)
-    assert dataset.rewards.tolist() == [10.0 * n + i for n in range(max(seen) + 1) for i in (0, 2)]
-    lines = (tmp_path / "manifest.jsonl").read_text().splitlines()[1:]
-    assert len(lines) == len({json.loads(line)["block"] for line in lines})
 
 
 @settings(max_examples=25, deadline=None)
@@ -397,3 +354,85 @@ def test_datasets_concatenate_and_travel_to_workers(tmp_path):
     sent = pickle.dumps(both)  # as a DataLoader sends it to its workers
     assert [float(item["reward"]) for item in pickle.loads(sent)] == expected
     assert len(sent) < 4000  # no states in it
+
+
+def test_the_processes_of_a_group_have_a_manifest_each_and_readers_see_all_of_them(tmp_path):
+    with RolloutStore(tmp_path, FINGERPRINT) as first, RolloutStore(tmp_path, FINGERPRINT, process=1) as second:
+        first.commit(*block(2))
+        second.commit(*block(0))
+        assert (first.committed, second.committed) == ({2}, {0})
+        dataset = RolloutDataset(tmp_path)
+        assert dataset.rewards.tolist() == [0, 2, 20, 22]
+        second.close()
+        first.take_over()
+        assert first.committed == {0, 2}
+    assert not (tmp_path / "manifest-00001.jsonl").exists()
+    assert RolloutDataset(tmp_path).rewards.tolist() == dataset.rewards.tolist()
+
+
+def test_what_a_killed_group_has_committed_is_taken_over_at_the_next_opening(tmp_path):
+    with RolloutStore(tmp_path, FINGERPRINT) as first:
+        for process in (1, 2):
+            with RolloutStore(tmp_path, FINGERPRINT, process=process) as other:
+                other.commit(*block(process))
+        first.commit(*block(0))
+    with open(tmp_path / "manifest-00002.jsonl", "ab") as manifest:
+        manifest.write(b'{"block": 7, "sh')  # killed in the middle of a line
+    (tmp_path / "manifest-00003.jsonl").write_bytes(b'{"format_ver')  # and of the first
+    assert len(RolloutDataset(tmp_path)) == 6
+    with RolloutStore(tmp_path, FINGERPRINT) as store:
+        assert store.committed == {0, 1, 2}
+    assert sorted(tmp_path.glob("manifest*")) == [tmp_path / MANIFEST]
+    assert len(RolloutDataset(tmp_path)) == 6
+
+
+def test_a_second_run_is_refused_while_any_process_of_a_group_lives(tmp_path):
+    with RolloutStore(tmp_path, FINGERPRINT) as first:
+        second = RolloutStore(tmp_path, FINGERPRINT, process=1)
+        with pytest.raises(CollectError, match="Another process is writing"):
+            RolloutStore(tmp_path, FINGERPRINT)
+        with pytest.raises(CollectError, match="Another process is writing"):
+            RolloutStore(tmp_path, FINGERPRINT, process=1)
+        first.close()
+        with pytest.raises(CollectError, match="Another process is writing"):
+            RolloutStore(tmp_path, FINGERPRINT)
+        with pytest.raises(CollectError, match="Process 2 found no first process"):
+            RolloutStore(tmp_path, FINGERPRINT, process=2)
+        second.close()
+    RolloutStore(tmp_path, FINGERPRINT).close()
+
+
+def test_another_process_with_another_fingerprint_is_refused(tmp_path):
+    other = {**FINGERPRINT, "seed": 1}
+    with RolloutStore(tmp_path, FINGERPRINT), pytest.raises(CollectError, match="seed is 0 there and 1 here"):
+        RolloutStore(tmp_path, other, process=1)
+    (tmp_path / MANIFEST).rename(tmp_path / "kept")
+    write(tmp_path / "else", 0)
+    with RolloutStore(tmp_path / "else", FINGERPRINT), RolloutStore(tmp_path / "else", FINGERPRINT, process=1) as store:
+        store.commit(*block(1))
+    RolloutStore(tmp_path, other).close()
+    (tmp_path / "else" / "manifest-00001.jsonl").rename(tmp_path / "manifest-00001.jsonl")
+    with pytest.raises(CollectError, match="seed is 0 there and 1 here"):
+        RolloutStore(tmp_path, other)
+
+
+def test_a_block_is_claimed_once(tmp_path):
+    with RolloutStore(tmp_path, FINGERPRINT) as first, RolloutStore(tmp_path, FINGERPRINT, process=1) as second:
+        assert (first.claim(0), second.claim(0), second.claim(1), first.claim(1)) == (True, False, True, False)
+    with RolloutStore(tmp_path, FINGERPRINT) as store:  # the claims of a run end with it
+        assert store.claim(0)
+
+
+def test_a_folder_that_cannot_be_made_or_locked_is_an_error_that_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CollectError, match=r"Opening .*file.* failed: .*(File exists|Not a directory)"):
+        RolloutStore(tmp_path / "file", FINGERPRINT)
+    with pytest.raises(CollectError, match=r"Opening .* failed"):
+        RolloutStore(tmp_path / "file" / "below", FINGERPRINT)
+
+    def no_flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    with pytest.raises(CollectError, match=r"cannot lock files .* Mount it with flock"):
+        RolloutStore(tmp_path / "new", FINGERPRINT)

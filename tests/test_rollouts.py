@@ -38,6 +38,12 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def other_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "w3"
+    return tokenizer
+
+
 def collect(folder, prompts=PROMPTS, reward=length, model=None, tokenizer=None, **options):
     model, tokenizer = model or tiny_model(), tokenizer or tiny_tokenizer()
     return collect_rollouts(model, tokenizer, prompts, reward, folder, **(OPTIONS | options))
@@ -228,6 +234,8 @@ def test_a_complete_folder_is_returned_without_generating(tmp_path, monkeypatch)
         ({"reward_weights": [2.0]}, r"rewards.length is 1.0 there and 2.0 here"),
         ({"reward": lambda completions, **kwargs: length(completions)}, "rewards"),
         ({"model": tiny_model(seed=1)}, "weights_sample_sha256"),
+        ({"model": tiny_model(rms_norm_eps=0.1)}, "config_sha256"),
+        ({"tokenizer": other_tokenizer()}, "tokenizer_sha256"),
         ({"model": tiny_model().bfloat16()}, "dtype is 'float32' there and 'bfloat16' here"),
     ],
 )
@@ -235,6 +243,16 @@ def test_a_folder_begun_with_other_settings_is_refused_with_the_field_named(tmp_
     before = contents(complete)
     with pytest.raises(CollectError, match=field):
         collect(complete, **change)
+    assert contents(complete) == before
+
+
+def test_other_collecting_code_is_refused_and_another_release_is_not(complete, monkeypatch):
+    before = contents(complete)
+    monkeypatch.setattr("hf_recontrol.rollout_store.package_version", lambda: "9.9.9")
+    collect(complete)
+    monkeypatch.setattr("hf_recontrol.rollouts.COLLECTOR_VERSION", 99)
+    with pytest.raises(CollectError, match="collector_version is 1 there and 99 here"):
+        collect(complete)
     assert contents(complete) == before
 
 
@@ -505,3 +523,22 @@ def test_progress_is_shown_unless_it_is_not_wanted(tmp_path, capsys, monkeypatch
     assert "6/6" in capsys.readouterr().err
     collect(tmp_path / "b", progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rollouts(tmp_path):
+    """10,000 answers, whose states are 160 MB: what is resident after the first thousand stays."""
+    resident = []
+
+    def reward(completions, **kwargs):
+        with open("/proc/self/statm") as file:
+            resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE"))
+        return length(completions)
+
+    model = tiny_model(hidden_size=256, max_position_embeddings=64)
+    prompts = [f"w{3 + i % 60} w{3 + i // 60 % 60}" for i in range(2500)]
+    settings = {"num_return_sequences": 4, "block_size": 8, "max_new_tokens": 16, "generation_kwargs": None}
+    dataset = collect(tmp_path, prompts, reward, model, **settings)
+    bytes_of_states = int(dataset.lengths.sum()) * 256 * 4
+    assert bytes_of_states > 100e6, "the test says too little"
+    assert max(resident) - max(resident[: len(resident) // 10]) < 20e6

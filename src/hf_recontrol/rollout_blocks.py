@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .config_checks import shown
 from .control import Controller
@@ -158,6 +165,7 @@ class Collector:
             "errors": {},
             "finish_reason": answer.finish_reason,
             "length": len(token_ids),
+            "finite": True,  # its hidden states
         }
 
     def _completion(self, answer: Answer) -> Text:
@@ -182,6 +190,7 @@ class Collector:
             attention_mask=attention_mask.to(device),
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
+            logits_processor=LogitsProcessorList([_Samplable()]),
             controller=self.controller,
             recontrol_value_head=False,  # whatever the model's defaults say
             **({"eos_token_id": eos or None} | self.generation),
@@ -207,6 +216,14 @@ class Collector:
             if found is not None:
                 return [found] if isinstance(found, int) else list(found)
         return []
+
+
+class _Samplable(LogitsProcessor):
+    """Lets a row be sampled whose logits are not finite, for torch would refuse all of its batch."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        sound = scores.amax(-1, keepdim=True).isfinite()  # −∞ is a token that was ruled out
+        return torch.where(sound, scores, 0.0)
 
 
 class _StopStrings(StoppingCriteria):

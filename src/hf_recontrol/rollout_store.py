@@ -3,9 +3,10 @@
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
-import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,25 +16,30 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .disk import faults, is_locked, make_folder, set_aside, sync_folder, write_all, write_file
 from .errors import CollectError
+from .head_hub import package_version
 from .rollout_files import (
     FORMAT_VERSION,
     MANIFEST,
     TENSORS,
     Block,
+    check_fingerprint,
     check_shapes,
-    differences,
+    damaged_files,
     dump,
     file_names,
-    is_whole,
+    foreign_files,
+    manifest_name,
     open_shard,
+    other_manifests,
+    read_folder,
     read_manifest,
     read_table,
-    sync_folder,
+    unfinished_files,
 )
 
-if sys.platform != "win32":
-    import fcntl
+logger = logging.getLogger(__name__)
 
 
 class _Facts(NamedTuple):
@@ -51,35 +57,52 @@ class _Facts(NamedTuple):
 class RolloutStore:
     """Writes rollouts into a folder, one block after the other; use it in a `with`.
 
-    Opening takes the folder for this process, cuts a line torn by a crash, removes the unfinished files of one, checks
-    every committed block against its SHA-256 (it reads all shards), and forgets damaged ones, to be committed again.
+    Opening takes the folder for this process, cuts a line torn by a crash, removes the unfinished files of one, and
+    checks every committed block against its SHA-256 (it reads all shards). A damaged file is renamed to `<name>.bad`,
+    with a warning, and its block can be committed again; other files are left alone, and logged if they are not ours.
+    The same check is run again before the commit that follows one which failed.
+
+    Several processes share a folder as a group: the first opens it, then each of the others a store with its rank. The
+    caller sees to it that no block is committed by two: claim().
 
     Args:
         output_dir: made if it does not exist.
         fingerprint: plain JSON; all that decides what the rollouts are. Kept in the manifest.
+        process: the rank in the group; 0 is the first, or the only one.
 
     Raises:
-        CollectError: the folder holds rollouts with another fingerprint, is in use by another process, or its manifest
-            is damaged.
+        CollectError: the folder holds rollouts with another fingerprint, is in use by another run, or its manifest is
+            damaged; or the disk refused (the OSError is the cause).
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], fingerprint: Mapping[str, Any]):
+    def __init__(self, output_dir: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, process: int = 0):
         self.output_dir = Path(output_dir)
         self.fingerprint = json.loads(dump(fingerprint, "The fingerprint"))
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._manifest = open(self.output_dir / MANIFEST, "a+b", buffering=0)  # noqa: SIM115 (closed by close())
-        try:
-            self._lock()
-            self._size = 0  # of the part of the manifest that is known to be whole
-            self._blocks = self._recover()
-        except BaseException:
-            self.close()
-            raise
+        self.process = process
+        self._blocks: dict[int, Block] = {}
+        self._size = 0  # of the part of the manifest that is known to be whole
+        self._sound = False  # until the files are known to be what the manifest says
+        with faults(f"Opening {self.output_dir} for rollouts"):
+            if process == 0:
+                make_folder(self.output_dir)
+            path = self.output_dir / manifest_name(process)
+            self._manifest = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by close())
+            try:
+                self._begin()
+                self._mend()
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def committed(self) -> frozenset[int]:
-        """Ids of the blocks that are safely on the disk."""
+        """Ids of the blocks that are safely on the disk, by this process or before."""
         return frozenset(self._blocks)
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        """How many there are in the committed blocks, and of how many the states were left out as not finite."""
+        return sum(block.answers for block in self._blocks.values()), sum(b.not_finite for b in self._blocks.values())
 
     def commit(
         self,
@@ -98,12 +121,15 @@ class RolloutStore:
             offsets: int64 (answers + 1,): answer i has the tokens offsets[i] to offsets[i + 1] − 1.
             rewards: float (answers,); NaN where an answer has none.
             token_ids: int64 (tokens,): the token that each state predicted.
-            rows: the table's, one JSON object per answer.
+            rows: the table's, one JSON object per answer. {"finite": False} says that its states were left out.
 
         Raises:
             CollectError: the block does not fit together, holds what is not finite, or is committed already; or the
                 disk refused it (the OSError is the cause). Earlier blocks are kept, and the store can be used on.
         """
+        if not self._sound:
+            with faults(f"Checking {self.output_dir} after a commit that failed"):
+                self._mend()
         if block in self._blocks:
             raise CollectError(
                 f"Block {block} is in {self.output_dir} already. Commit blocks that are not in `committed`."
@@ -119,22 +145,35 @@ class RolloutStore:
         shard = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         table = "".join(dump(row, f"Row {i} of block {block}") + "\n" for i, row in enumerate(rows)).encode()
         names, digests = file_names(block), [hashlib.sha256(data).hexdigest() for data in (shard, table)]
-        entry = Block(block, names[0], digests[0], names[1], digests[1], len(rows), len(token_ids))
-        try:
-            self._write(entry.shard, shard)
-            self._write(entry.table, table)
+        not_finite = sum(row.get("finite") is False for row in rows)
+        entry = Block(block, names[0], digests[0], names[1], digests[1], len(rows), len(token_ids), not_finite)
+        self._sound = False
+        with faults(f"Writing block {block} to {self.output_dir}"):
+            write_file(self.output_dir / entry.shard, shard)
+            write_file(self.output_dir / entry.table, table)
             sync_folder(self.output_dir)
             self._append(entry._asdict())
-        except OSError as error:
-            raise CollectError(
-                f"Block {block} could not be written to {self.output_dir}: {error}. Earlier blocks are "
-                "kept: make room or mend the disk, and call again with the same arguments."
-            ) from error
         self._blocks[block] = entry
+        self._sound = True
+
+    def claim(self, block: int) -> bool:
+        """Whether this process is the first of its group that asks for the block, which is then its to commit."""
+        with faults(f"Claiming block {block} in {self.output_dir}"):
+            try:  # all file systems make one file for one of those that ask at a time
+                open(self.output_dir / f"block-{block:05d}.claim.tmp", "xb").close()
+            except FileExistsError:
+                return False
+        return True
+
+    def take_over(self) -> None:
+        """In the first process, when the others have closed their stores: their lines become its own."""
+        with faults(f"Putting the manifests in {self.output_dir} together"):
+            self._take_over()
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._manifest.close()
+        with faults(f"Closing {self.output_dir}"):
+            self._manifest.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,50 +181,78 @@ class RolloutStore:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        if sys.platform == "win32":  # no flock there: two collectors in one folder are the caller's to avoid
-            return
-        try:
-            fcntl.flock(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process dies
-        except BlockingIOError as error:
+    def _begin(self) -> None:
+        """Lock the folder, and find what the manifest says."""
+        self._lock(self._manifest)
+        if self.process:
+            self._join()
+        path = self.output_dir / manifest_name(self.process)
+        self._size = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that a crash has torn
+        if self._size:
+            found, blocks = read_manifest(path)
+            check_fingerprint(self.output_dir, found, self.fingerprint)
+            self._blocks = {block.block: block for block in blocks}  # of two lines, after damage, the last counts
+        else:
+            header = {"format_version": FORMAT_VERSION, "hf_recontrol_version": package_version()}
+            self._append(header | {"fingerprint": self.fingerprint})
+        if self.process == 0:
+            self._take_over()
+            foreign = foreign_files(self.output_dir)
+            if foreign:
+                logger.warning("%s has files that are no rollouts, and stay as they are: %s", self.output_dir, foreign)
+
+    def _lock(self, manifest: Any) -> None:
+        if is_locked(manifest):
             raise CollectError(
                 f"Another process is writing rollouts to {self.output_dir}. Wait for it, or give another output_dir."
-            ) from error
-
-    def _recover(self) -> dict[int, Block]:
-        manifest = self.output_dir / MANIFEST
-        for unfinished in self.output_dir.glob("block-*.tmp"):
-            unfinished.unlink()
-        self._size = manifest.read_bytes().rfind(b"\n") + 1  # behind it: a line that a crash has torn
-        if self._size == 0:
-            self._append({"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint})
-            sync_folder(self.output_dir)
-            return {}
-        found, blocks = read_manifest(manifest)
-        different = list(differences(found, self.fingerprint))
-        if different:
-            raise CollectError(
-                f"{self.output_dir} holds rollouts made with other settings: {'; '.join(different)}. Call with the "
-                "settings that it was begun with, or give another output_dir."
             )
-        return {block.block: block for block in blocks if is_whole(self.output_dir, block)}
+
+    def _join(self) -> None:
+        with open(self.output_dir / MANIFEST, "a+b", buffering=0) as first:
+            if not is_locked(first):
+                raise CollectError(
+                    f"Process {self.process} found no first process in {self.output_dir}: it has ended, or collects "
+                    "elsewhere. Give all processes of a run the same output_dir, and call again."
+                )
+        check_fingerprint(self.output_dir, read_manifest(self.output_dir / MANIFEST)[0], self.fingerprint)
+
+    def _take_over(self) -> None:
+        others = other_manifests(self.output_dir)
+        for path in others:
+            with open(path, "a+b", buffering=0) as manifest:
+                self._lock(manifest)
+                fingerprint, blocks = read_manifest(path)
+                if blocks:
+                    check_fingerprint(self.output_dir, fingerprint, self.fingerprint)
+                for block in blocks:
+                    if self._blocks.get(block.block) != block:
+                        self._append(block._asdict())
+                        self._blocks[block.block] = block
+        os.fsync(self._manifest.fileno())  # a process that was killed may have left lines that are in memory only
+        for path in (*others, *unfinished_files(self.output_dir)):
+            path.unlink()
+
+    def _mend(self) -> None:
+        """Cut the manifest to what is known to be whole, and set damaged files aside."""
+        self._manifest.truncate(self._size)
+        damaged = {b.block: names for b in self._blocks.values() if (names := damaged_files(self.output_dir, b))}
+        there = [path for names in damaged.values() for name in names if (path := self.output_dir / name).is_file()]
+        aside = [set_aside(path) for path in there]
+        for block in damaged:
+            del self._blocks[block]
+        self._sound = True
+        if damaged:
+            warnings.warn(
+                f"Files of the blocks {sorted(damaged)} in {self.output_dir} are missing or were changed after they "
+                f"were committed; these blocks are made anew. What was changed is kept as {aside}.",
+                stacklevel=2,
+            )
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._manifest.truncate(self._size)  # an append that failed may have left a part of its line
         data = dump(line, "A line of the manifest").encode() + b"\n"
-        written = self._manifest.write(data)
-        if written != len(data):
-            raise OSError(f"{written} of {len(data)} bytes of the manifest's line were written")
-        os.fsync(self._manifest.fileno())
+        self._manifest.truncate(self._size)  # what is behind it is torn
+        write_all(self._manifest, data)
         self._size += len(data)
-
-    def _write(self, name: str, data: bytes) -> None:
-        unfinished = self.output_dir / f"{name}.tmp"
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.output_dir / name)
 
 
 class RolloutDataset(Dataset[dict[str, Any]]):
@@ -212,13 +279,13 @@ class RolloutDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, output_dir: str | os.PathLike[str], *, verify: bool = True):
         self.output_dir = Path(output_dir)
-        self.fingerprint, blocks = read_manifest(self.output_dir / MANIFEST)
+        self.fingerprint, blocks = read_folder(self.output_dir)
         self._blocks = sorted(blocks)
         if not self._blocks:
             raise CollectError(
                 f"{self.output_dir} has no committed block yet. Run collect_rollouts with it as output_dir."
             )
-        damaged = [block.block for block in self._blocks if verify and not is_whole(self.output_dir, block)]
+        damaged = [block.block for block in self._blocks if verify and damaged_files(self.output_dir, block)]
         if damaged:
             raise CollectError(
                 f"Files of the blocks {damaged} in {self.output_dir} are missing or were changed after they were "

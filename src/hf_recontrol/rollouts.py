@@ -1,32 +1,26 @@
 """collect_rollouts: generate answers, score them, and keep the hidden state that predicted each of their tokens."""
 
 import hashlib
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .config_checks import shown
 from .control import Controller
-from .head_hub import package_version
-from .hooks import model_name
+from .finite_states import check_share, left_out, without_bad_states
+from .preemption import Preemption
+from .processes import Processes, check_own
 from .prompts import stop_strings_of
 from .replay import Replay, given_answers, rewards_or_given
-from .rewards import RESERVED, RewardFunc, Rewards, Text
-from .rollout_blocks import GREEDY, Collector, evaluating, seeded
+from .rewards import RewardFunc, Rewards
+from .rollout_blocks import Collector, evaluating, seeded
+from .rollout_settings import as_columns, check_counts, fingerprint_of, is_conversational, more_generation, sampling_of
 from .rollout_store import RolloutDataset, RolloutStore
-
-_OWN_GENERATE = set(
-    """inputs input_ids inputs_embeds attention_mask do_sample max_length max_new_tokens num_return_sequences
-    pad_token_id return_dict_in_generate stop_strings stopping_criteria temperature top_k top_p""".split()  # noqa: SIM905
-)
 
 
 def collect_rollouts(
@@ -58,8 +52,13 @@ def collect_rollouts(
 
     The disk takes hidden_size × bytes per number for each token: 1 MiB per 128 tokens of a 7B model in bfloat16.
     Interrupted in any way, call it again with the same arguments: committed blocks are kept, the others are made as
-    they would have been (bit for bit, on the same machine and versions). Torch's random state, the tokenizer and the
+    they would have been (bit for bit, on the same machine and versions). On SIGTERM, in the main thread, the block in
+    hand is finished, for at most 20 seconds, and SystemExit(143) raised. Torch's random state, the tokenizer and the
     model's mode are left as they were.
+
+    In a script that `accelerate launch` or torchrun has started in several processes, each calls this with the same
+    arguments, and a model of its own. They share the blocks out, wait for each other, and return the same rollouts as
+    one process would; their number may change when a run is resumed.
 
     State s_t is the one that predicts token t (Kong et al. 2024, arXiv:2406.05954, section 4): an answer that ended by
     EOS has a state for EOS, its last.
@@ -110,9 +109,12 @@ def collect_rollouts(
         table only.
 
     Raises:
-        TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated.
-        CollectError: a prompt without tokens, or all without room for their answers, a folder with other settings, a
-            wrong return of a reward function, or a full disk.
+        TypeError, ValueError: an argument out of bounds; checked, as the next, before anything is generated. Also a
+            model that is split over the processes.
+        CollectError: a prompt without tokens, or all without room for their answers, a folder with other settings or in
+            use by another run, a wrong return of a reward function, a full disk, another process of the run that has
+            ended, or hidden states that are not finite in more than 5 % of the answers. Where they are fewer, these
+            answers have no states, and a warning says how many.
         SteeringNotApplied: one forward of this model does not give the states of generating, and the answers are a
             dataset's.
     """
@@ -132,10 +134,10 @@ def collect_rollouts(
         stop_strings=stop_strings,
         controller=controller,
     )
-    texts, extra = _as_columns(prompts, columns)
-    _check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
+    texts, extra = as_columns(prompts, columns)
+    check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
     if max_prompt_tokens is not None:
-        _check_counts(max_prompt_tokens=max_prompt_tokens)
+        check_counts(max_prompt_tokens=max_prompt_tokens)
     if num_return_sequences > 1 and temperature == 0:
         raise ValueError(
             f"temperature=0 gives the same answer {num_return_sequences} times. Set a temperature, or leave "
@@ -143,53 +145,85 @@ def collect_rollouts(
         )
     ends = stop_strings_of(prompts) if stop_strings is None else stop_strings
     stop = [ends] if isinstance(ends, str) else list(ends)
-    generation = {"max_new_tokens": max_new_tokens, **_sampling(temperature, top_p, top_k), **_more(generation_kwargs)}
+    generation = {
+        "max_new_tokens": max_new_tokens,
+        **sampling_of(temperature, top_p, top_k),
+        **more_generation(generation_kwargs),
+    }
     if given is not None:
-        stop, generation = [], {"features_from": "dataset", "sampling": sampling, **_more(generation_kwargs)}
+        stop, generation = [], {"features_from": "dataset", "sampling": sampling, **more_generation(generation_kwargs)}
         reward_funcs = rewards_or_given(prompts, reward_funcs)
     if reward_funcs is None:
         raise ValueError("reward_funcs is None; answers that are generated need a reward. Pass a function or a model.")
     if not isinstance(reward_funcs, Rewards):
         reward_funcs = Rewards(reward_funcs, reward_weights, device=model.device)
-    reward_funcs.check(conversational=_is_conversational(texts, tokenizer))
+    reward_funcs.check(conversational=is_conversational(texts, tokenizer))
     common = (model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation)
     collector = Collector(*common, controller) if given is None else Replay(*common, given=given)
     prompt_ids, token_ids_sha256 = collector.fitting(max_prompt_tokens)
-    fingerprint = {
-        **_model_facts(model),
-        "prompts": len(texts),
-        "prompts_sha256": _hash(_as_json(text, extra, i) for i, text in enumerate(texts)),
-        "prompt_token_ids_sha256": token_ids_sha256,
-        "generation": {**generation, "stop_strings": stop, "model_defaults": generation_defaults(model)},
-        "num_return_sequences": num_return_sequences,
-        "block_size": block_size,
-        "drop_truncated": drop_truncated,
-        "seed": seed,
-        **reward_funcs.facts(),
-        "hf_recontrol_version": package_version(),
-    }
-    if controller is not None:
-        fingerprint["control"] = controller.facts()
+    fingerprint = fingerprint_of(collector, token_ids_sha256, len(prompt_ids))
+    fingerprint |= {"block_size": block_size, "seed": seed}
     if max_prompt_tokens is not None:
         fingerprint["max_prompt_tokens"] = max_prompt_tokens
-    if len(prompt_ids) < len(texts):
-        fingerprint["skipped_prompts"] = len(texts) - len(prompt_ids)
-    with RolloutStore(output_dir, fingerprint) as store, evaluating(model):
-        _collect_missing(collector, prompt_ids, store, block_size, seed, progress)
+    _collect_together(collector, prompt_ids, output_dir, fingerprint, progress)
     return RolloutDataset(output_dir, verify=False)  # the store has checked each block, or has just written it
 
 
-def _collect_missing(
-    collector: Collector, prompts: Sequence[int], store: RolloutStore, block_size: int, seed: int, progress: bool
+def _collect_together(
+    collector: Collector,
+    prompts: Sequence[int],
+    output_dir: str | os.PathLike[str],
+    fingerprint: dict[str, Any],
+    progress: bool,
 ) -> None:
+    """Make the folder complete, with the other processes if there are some."""
+    with Preemption() as preemption, Processes(collector.model.device.type) as processes, evaluating(collector.model):
+        if processes.size > 1:
+            check_own(collector.model)
+        first = processes.rank == 0
+        if not first:
+            processes.wait()  # until the first has mended the folder
+        with RolloutStore(output_dir, fingerprint, process=processes.rank) as store:
+            if first:
+                processes.wait()
+            _collect_missing(collector, prompts, store, fingerprint, processes, preemption, progress and first)
+            if not first:
+                store.close()
+            processes.wait()
+            if first:
+                store.take_over()
+                answers, not_finite = store.answers
+                if not_finite:
+                    warnings.warn(left_out(answers, not_finite, output_dir), stacklevel=3)
+        processes.wait()
+
+
+def _collect_missing(
+    collector: Collector,
+    prompts: Sequence[int],
+    store: RolloutStore,
+    fingerprint: dict[str, Any],
+    processes: Processes,
+    preemption: Preemption,
+    progress: bool,
+) -> None:
+    """Collect those of the missing blocks that no other process has begun."""
     answers = collector.num_return_sequences
+    starts = range(0, len(prompts), fingerprint["block_size"])
+    committed = store.committed
+    there = processes.from_first(torch.tensor([block in committed for block in range(len(starts))]))
+    collected, not_finite = store.answers
     with logging.tqdm(total=answers * len(prompts), desc="rollouts", unit="answer", disable=not progress) as bar:
-        for block, start in enumerate(range(0, len(prompts), block_size)):
-            prompt_ids = prompts[start : start + block_size]
-            if block not in store.committed:
-                with seeded(collector.model.device.type, _block_seed(seed, block)):
-                    contents = collector.collect(prompt_ids)
-                store.commit(block, *contents)
+        for block, start in enumerate(starts):
+            prompt_ids = prompts[start : start + fingerprint["block_size"]]
+            if not there[block] and (processes.size == 1 or store.claim(block)):
+                with preemption.finishing():
+                    with seeded(collector.model.device.type, _block_seed(fingerprint["seed"], block)):
+                        contents = without_bad_states(collector.collect(prompt_ids))
+                    collected += len(contents[-1])
+                    not_finite += sum(row.get("finite") is False for row in contents[-1])
+                    check_share(collected, not_finite)
+                    store.commit(block, *contents)
             bar.update(answers * len(prompt_ids))
 
 
@@ -207,115 +241,6 @@ def _given_answers(prompts: Any, features_from: str, sampling: str | None, **gen
     if changed:
         raise ValueError(f"features_from='dataset' generates nothing, but {changed} were given. Leave them out.")
     return given_answers(prompts, sampling)
-
-
-def _as_columns(prompts: Any, columns: Mapping[str, Sequence[Any]] | None) -> tuple[Sequence[Text], dict[str, Any]]:
-    found: dict[str, Any] = {}
-    if hasattr(prompts, "column_names"):
-        if "prompt" not in prompts.column_names:
-            raise ValueError(f"The dataset has the columns {prompts.column_names}; it must have one called 'prompt'.")
-        own = ("prompt", "completion")
-        # [:] makes lists, for a datasets.Column reads its table at each index.
-        found = {name: prompts[name][:] for name in prompts.column_names if not name.startswith(own)}
-        prompts = prompts["prompt"][:]
-    found |= columns or {}
-    for name, column in found.items():
-        if name in RESERVED:
-            raise ValueError(f"A column is called {name!r}, which reward functions are given by us. Rename it.")
-        if len(column) != len(prompts):
-            raise ValueError(
-                f"The column {name!r} has {len(column)} values for {len(prompts)} prompts; give one for each."
-            )
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"prompts is {shown(prompts)}; expected is a list of one text or message list, or more.")
-    return prompts, found
-
-
-def _is_conversational(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> bool:
-    kinds = {type(prompt) for prompt in prompts}
-    if kinds not in ({str}, {list}) or not all(prompts):
-        raise ValueError(
-            f"The prompts are of the kinds {sorted(kind.__name__ for kind in kinds)}, or one is empty; expected are "
-            'texts, or lists of messages {"role": …, "content": …}, all of one kind.'
-        )
-    if kinds == {list} and tokenizer.chat_template is None:
-        raise ValueError(
-            "The prompts are message lists, but the tokenizer has no chat template. Set tokenizer.chat_template, or "
-            "give texts as prompts."
-        )
-    return kinds == {list}
-
-
-def _sampling(temperature: float, top_p: float, top_k: int) -> dict[str, Any]:
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or type(top_k) is not int or top_k < 0:
-        raise ValueError(
-            f"temperature={temperature!r}, top_p={top_p!r}, top_k={top_k!r}; expected are a temperature ≥ 0 (0 is "
-            "greedy), 0 < top_p ≤ 1 and an integer top_k ≥ 0 (0 is off)."
-        )
-    if temperature == 0:
-        return dict(GREEDY)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name} is {count!r}; it must be an integer ≥ 1.")
-
-
-def _more(generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    more = dict(generation_kwargs or {})
-    refused = sorted(name for name in more if name in _OWN_GENERATE or name.startswith(("recontrol_", "output_")))
-    if refused:
-        raise ValueError(
-            f"generation_kwargs has {refused}, which collect_rollouts sets itself. Use its own arguments "
-            "(temperature, max_new_tokens, stop_strings, controller, …)."
-        )
-    try:
-        return dict(json.loads(json.dumps(more, allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"generation_kwargs must be plain JSON values, so that a resumed run can be compared, but: {error}."
-        ) from error
-
-
-def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    text_config = model.config.get_text_config()
-    return {
-        "base_model_name_or_path": model_name(model),
-        "base_model_revision": getattr(model.config, "_commit_hash", None),
-        "base_model_type": model.config.model_type,
-        "hidden_size": getattr(text_config, "hidden_size", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_sample_sha256": _hash(_samples(model)),
-    }
-
-
-def _samples(model: PreTrainedModel) -> Iterator[str]:
-    """64 values of each weight: enough to tell two models of one name apart, and quick with any."""
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not tensor.is_meta:
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {sample.view(torch.uint8).tolist()}"
-
-
-def generation_defaults(model: PreTrainedModel) -> Any:
-    """What of the model's own generation config is not transformers' default, as plain JSON."""
-    defaults = model.generation_config.to_diff_dict()
-    defaults.pop("transformers_version", None)
-    return json.loads(json.dumps(defaults, default=str))
-
-
-def _as_json(prompt: Text, columns: Mapping[str, Sequence[Any]], i: int) -> str:
-    return json.dumps([prompt, {name: column[i] for name, column in columns.items()}], sort_keys=True, default=str)
-
-
-def _hash(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
 
 
 def _block_seed(seed: int, block: int) -> int:
