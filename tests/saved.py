@@ -1,15 +1,13 @@
 """What the command line is given in tests: folders of a tiny language model and a reward model, files of the rest."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForSequenceClassification
 
-NO_PROMPTS = importlib.util.find_spec("hf_recontrol.prompts") is None
 REWARD = """
 import time
 
@@ -45,17 +43,3 @@ def save_all(folder: Path, prompts: int = 40) -> SimpleNamespace:
         rewards=str(folder / "rewards.py"),
         prompts=str(folder / "prompts.jsonl"),
     )
-
-
-def stand_in() -> ModuleType:
-    """Of hf_recontrol.prompts, where there is none."""
-    module = ModuleType("hf_recontrol.prompts")
-
-    def load_prompts(dataset: str, *, split: str, name: None, recipe: None, limit: int | None) -> object:
-        from datasets import Dataset
-
-        with open(dataset, encoding="utf-8") as file:
-            return Dataset.from_list([json.loads(line) for line in file][:limit])
-
-    module.load_prompts = load_prompts  # type: ignore[attr-defined]
-    return module

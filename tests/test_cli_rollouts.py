@@ -1,5 +1,6 @@
 """hf-recontrol rollouts, from files on the disk to a folder of rollouts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,18 +8,13 @@ import sys
 import time
 
 import pytest
-from saved import NO_PROMPTS, save_all, stand_in
+import torch
+from saved import save_all
 from transformers.utils import logging
 
 from hf_recontrol import RolloutDataset
 
 SMALL = ("--max-new-tokens", "6", "--block-size", "10")
-
-
-@pytest.fixture(autouse=True)
-def prompts_module(monkeypatch):
-    if NO_PROMPTS:
-        monkeypatch.setitem(sys.modules, "hf_recontrol.prompts", stand_in())
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +61,23 @@ def test_every_setting_arrives_and_underscores_are_dashes(command, files, given,
     assert found["generation"].items() >= expected.items()
     assert (found["seed"], found["prompts"], found["dtype"], found["drop_truncated"]) == (3, 5, "bfloat16", True)
     assert found["rewards"] == {"two_words": 0.5, "judge": 2.0}
+
+
+def test_answers_that_exist_are_replayed_with_their_own_rewards(command, files, given, tmp_path):
+    command("rollouts", *given, "--output-dir", tmp_path / "made", *SMALL)
+    made = RolloutDataset(tmp_path / "made")
+    kept = ("prompt", "completion", "token_ids", "finish_reason", "reward")
+    lines = [json.dumps({name: row[name] for name in kept}) for row in made.rows()]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    answers = ("--model", files.model, "--dataset", tmp_path / "answers.jsonl", "--features-from", "dataset")
+    assert "at that speed" in command("rollouts", *answers, "--output-dir", tmp_path / "none", "--dry-run")
+    command("rollouts", *answers, "--output-dir", tmp_path / "again", "--sampling", "own softmax")
+    again = RolloutDataset(tmp_path / "again")
+    torch.testing.assert_close(again.rewards, made.rewards)
+    for one, other in zip(made, again, strict=True):
+        torch.testing.assert_close(one["hidden_states"], other["hidden_states"], rtol=0, atol=1e-5)
+    error = command("rollouts", *answers, "--output-dir", tmp_path / "none", "--temperature", "0.5", status=2)
+    assert "features_from='dataset' generates nothing, but ['temperature'] were given" in error
 
 
 def test_what_only_some_need_is_passed_by_name(command, given, tmp_path, monkeypatch):
@@ -137,24 +150,13 @@ def test_a_users_error_is_one_line_and_status_2(command, files, tmp_path, change
     assert sum(line.startswith("hf-recontrol:") for line in error) == 1
 
 
-RUN = """
-import sys
-sys.path[:0] = {path!r}
-if {stand_in!r}:
-    from saved import stand_in
-    sys.modules["hf_recontrol.prompts"] = stand_in()
-from hf_recontrol.cli import main
-main()
-"""
-
-
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_without_a_traceback_and_the_same_command_goes_on(
     command, files, given, tmp_path, signum, status
 ):
     arguments = ("rollouts", *given[:-1], f"{files.rewards}:slow", "--output-dir", str(tmp_path / "out"), *SMALL)
-    code = RUN.format(path=[path for path in sys.path if path], stand_in=NO_PROMPTS)
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    command_line = [sys.executable, "-m", "hf_recontrol", *arguments]
+    process = subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "block-00001.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -10,19 +10,13 @@ import time
 import pytest
 import yaml
 from hub_server import TOKEN
-from saved import NO_PROMPTS, save_all, stand_in
+from saved import save_all
 
 from hf_recontrol import Head, RolloutDataset, cli_train, collect_rollouts, on_policy
 from hf_recontrol.cli_inputs import language_model, reward_functions
 from hf_recontrol.train_options import parse
 
 QUIET = ("--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1000", "--save_strategy", "no")
-
-
-@pytest.fixture(autouse=True)
-def prompts_module(monkeypatch):
-    if NO_PROMPTS:
-        monkeypatch.setitem(sys.modules, "hf_recontrol.prompts", stand_in())
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +58,15 @@ def test_a_head_of_each_kind_is_fitted_measured_and_saved(command, files, rollou
     if kind == "control":
         assert re.search(r"gain +\S+  \(constant control: \S+\)", printed)
     assert bool(head.config.control.calibration) == bool(model)
+
+
+def test_several_heads_are_fitted_and_one_stands_for_them(command, rollouts, tmp_path):
+    command("train", "--rollouts", rollouts, "--output_dir", tmp_path, "--num_heads", 2, "--kappa", 0.5, *QUIET)
+    training = Head.from_pretrained(tmp_path).config.info["training"]
+    assert (training["heads"], training["kappa"]) == (2, 0.5)
+    for options, words in ((("--num_heads", 0), "num_heads is 0"), (("--num_heads", 2, "--kind", "linear"), "value")):
+        error = command("train", "--rollouts", rollouts, "--output_dir", tmp_path, *options, *QUIET, status=2)
+        assert words in error
 
 
 def test_the_shape_and_the_training_arguments_are_obeyed(command, rollouts, tmp_path):

@@ -32,11 +32,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     prompts = [f"w{3 + i % 60} w{3 + i // 60}" for i in range(94)]
 
-    def seven(completions, **kwargs):
-        return [float(completion.count("w7")) + len(completion) / 50 for completion in completions]
-
     options = {"max_new_tokens": 8, "progress": False, "num_return_sequences": 2}
-    collect_rollouts(tiny_model(), tiny_tokenizer(), prompts, seven, folder / "rollouts", **options)
+    collect_rollouts(tiny_model(), tiny_tokenizer(), prompts, two_processes.sevens, folder / "rollouts", **options)
     return folder
 
 
@@ -87,3 +84,14 @@ def test_a_sigterm_to_one_process_ends_all_with_one_checkpoint(folder, ends):
     checkpoint = Path(newest_complete_checkpoint(folder / "terminated-2"))
     assert checkpoint.name == "checkpoint-9"  # told in step 8, when all had begun it
     ValueHead.from_pretrained(checkpoint)
+
+
+def test_rounds_in_two_processes_are_those_of_one(ends, folder):
+    alone = two_processes.in_rounds(folder)
+    together = ValueHead.from_pretrained(folder / "rounds-2" / "head-2")
+    for name, weights in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[name], weights, rtol=0, atol=1e-5)
+    curves = [(folder / f"rounds-{world}" / "iterations.jsonl").read_text().splitlines() for world in (1, 2)]
+    rewards = [[json.loads(line)["reward"] for line in lines] for lines in curves]
+    assert len(rewards[0]) == 2
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)

@@ -250,7 +250,7 @@ def test_other_collecting_code_is_refused_and_another_release_is_not(complete, m
     before = contents(complete)
     monkeypatch.setattr("hf_recontrol.rollout_store.package_version", lambda: "9.9.9")
     collect(complete)
-    monkeypatch.setattr("hf_recontrol.rollouts.COLLECTOR_VERSION", 99)
+    monkeypatch.setattr("hf_recontrol.rollout_settings.COLLECTOR_VERSION", 99)
     with pytest.raises(CollectError, match="collector_version is 1 there and 99 here"):
         collect(complete)
     assert contents(complete) == before

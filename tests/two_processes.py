@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from hf_recontrol import (
@@ -17,6 +17,7 @@ from hf_recontrol import (
     RolloutDataset,
     ValueHead,
     ValueHeadConfig,
+    train_value,
 )
 
 HEADS = {
@@ -71,6 +72,29 @@ def train(folder, kind, name=None, callbacks=None):
     return trainer
 
 
+def in_rounds(folder):
+    """A value head after two rounds of answers, the second steered by it."""
+    world, prompts = int(os.environ.get("WORLD_SIZE", "1")), [f"w{i} w{j}" for i in range(3, 13) for j in range(3, 8)]
+    arguments = RecontrolTrainingArguments(
+        str(folder / f"rounds-{world}" / "training"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=16 // world,
+        max_steps=20,
+    )
+    collecting = {"max_new_tokens": 6, "block_size": 8, "num_return_sequences": 2, "progress": False}
+    output_dir = folder / f"rounds-{world}"
+    return train_value(
+        tiny_model(), tiny_tokenizer(), prompts, sevens, output_dir, iterations=2, args=arguments, **collecting
+    )
+
+
+def sevens(completions, **kwargs):
+    return [float(completion.count("w7")) + len(completion) / 50 for completion in completions]
+
+
 def report(folder, kind, trainer):
     head, rank = trainer.model, trainer.args.process_index
     facts = {
@@ -86,4 +110,5 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     for one in HEADS:
         report(where, one, train(where, one))
+    in_rounds(where)
     train(where, "value", name="terminated", callbacks=[Killed()])

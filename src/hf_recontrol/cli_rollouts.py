@@ -30,21 +30,22 @@ class Dtype(StrEnum):
 class Features(StrEnum):
     """What --features-from takes."""
 
-    model = "model"
+    generation = "generation"
     dataset = "dataset"
 
 
 def rollouts(
     model: Annotated[str, typer.Option(help="A language model: an id on the Hub or a folder.")],
     dataset: Annotated[str, typer.Option(help="The prompts: an id on the Hub, a folder, or a JSONL or Parquet file.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the rollouts go; begun before, it is gone on with.")],
     reward: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A sequence classifier with one label (an id on the Hub or a folder), or file.py:function, which is "
-            "called as TRL's are. Repeat it for a weighted sum."
+            "called as TRL's are. Repeat it for a weighted sum. Leave it out where the dataset has answers with a "
+            "column 'reward'."
         ),
-    ],
-    output_dir: Annotated[Path, typer.Option(help="Where the rollouts go; begun before, it is gone on with.")],
+    ] = None,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
     name: Annotated[str | None, typer.Option(help="Of the dataset's configuration on the Hub.")] = None,
     recipe: Annotated[
@@ -54,8 +55,15 @@ def rollouts(
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longer prompts are left out.")] = None,
     features_from: Annotated[
         Features,
-        typer.Option(help="Whose answers: the model writes them, or the dataset has them and the model reads them."),
-    ] = Features.model,
+        typer.Option(help="Whose answers: the model generates them, or reads those that the dataset has."),
+    ] = Features.generation,
+    sampling: Annotated[
+        str | None,
+        typer.Option(
+            help="With a dataset's answers: 'own softmax' vouches that this very model drew them at temperature 1, "
+            "which control heads need."
+        ),
+    ] = None,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 1.0,
@@ -105,7 +113,9 @@ def rollouts(
         more = _json(generation_kwargs)
         prompts = load_prompts(dataset, split=split, name=name, recipe=recipe, limit=limit)
         lm, tokenizer = language_model(model, dtype=dtype, device=device, revision=revision)
-        rewards = reward_functions(reward, reward_weights, device=lm.device, timeout=timeout, retries=retries)
+        rewards = None
+        if reward:
+            rewards = reward_functions(reward, reward_weights, device=lm.device, timeout=timeout, retries=retries)
         settings: dict[str, Any] = {
             "num_return_sequences": num_return_sequences,
             "block_size": block_size,
@@ -118,9 +128,9 @@ def rollouts(
             "seed": seed,
             "controller": _controller(controller),
             "generation_kwargs": more,
+            "features_from": features_from.value,
+            "sampling": sampling,
         }
-        if features_from == Features.dataset:
-            settings["features_from"] = "dataset"
         if max_prompt_tokens is not None:
             settings["max_prompt_tokens"] = max_prompt_tokens
         if dry_run:
@@ -174,7 +184,7 @@ def _say_what_it_takes(
         ("prompts", f"{len(prompts):,}, in {-(-len(prompts) // settings['block_size']):,} blocks"),
         ("answers", f"{answers:,}"),
     ]
-    if "features_from" not in settings:
+    if settings["features_from"] == Features.generation:
         rows.append(("tokens, at most", f"{answers * cut:,}"))
         rows.append(("disk, at most", f"{size(answers * cut * bytes_per_token)} in {folder}"))
     seconds, tokens, measured = _time_a_batch(model, tokenizer, _first(prompts, timed), rewards, settings)
@@ -197,7 +207,8 @@ def _time_a_batch(
 ) -> tuple[float, int, int]:
     """Seconds, tokens and answers of one block."""
     with tempfile.TemporaryDirectory() as scratch:
-        first = settings | {"max_new_tokens": 1}  # what is only done once must not be counted
+        short = {"max_new_tokens": 1} if settings["features_from"] == Features.generation else {}
+        first = settings | short  # what is only done once must not be counted
         collect_rollouts(model, tokenizer, _first(prompts, 1), rewards, Path(scratch, "1"), progress=False, **first)
         start = time.perf_counter()
         made = collect_rollouts(model, tokenizer, prompts, rewards, Path(scratch, "2"), progress=False, **settings)

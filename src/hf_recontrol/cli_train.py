@@ -20,6 +20,7 @@ from .cli_inputs import ends_at_sigterm, is_first_process, language_model, proce
 from .cli_rollouts import duration, size
 from .control_fitting import fit_constant_control
 from .control_head import ControlHead
+from .ensemble import check_ensemble, fit_ensemble
 from .fitting import fit_linear_head
 from .head import Head
 from .head_config import ControlHeadConfig, ValueHeadConfig
@@ -59,6 +60,12 @@ def _check(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
         raise ValueError(f"Without --rollouts, --model, --dataset and --reward are needed; of the last two: {given}.")
     if options.kind in ("control", "constant") and options.model is None:
         raise ValueError(f"A {options.kind} head is fitted through the language model's LM head: pass --model.")
+    if options.num_heads != 1:
+        check_ensemble(options.num_heads, options.kappa)
+        if options.kind != "value" or args.resume_from_checkpoint:
+            raise ValueError(
+                "--num_heads is for --kind value, without --resume_from_checkpoint. Leave one of them out."
+            )
     if not 0 < options.held_out < 1:
         raise ValueError(f"--held_out is {options.held_out}; it must be a share of the prompts, between 0 and 1.")
     if options.rollouts:
@@ -109,7 +116,18 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
     model, _ = _load_model(options, args)
     head = _new_head(options, args, answers, model)
     trainer = RecontrolTrainer(head, args, train_dataset=answers, eval_dataset=held_out, base_model=model)
-    if options.kind in LINEAR:
+    if options.num_heads > 1:
+        fit_ensemble(
+            answers,
+            eval_dataset=held_out,
+            base_model=model,
+            head=head,  # type: ignore[arg-type]  # a ValueHead: the options were checked
+            args=args,
+            num_heads=options.num_heads,
+            kappa=options.kappa,
+        )
+        metrics = head.config.info["evaluation"]
+    elif options.kind in LINEAR:
         resume = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "last") else resume)
         metrics = head.config.info["evaluation"]
@@ -159,6 +177,7 @@ def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> N
         args=of_a_round,
         held_out=options.held_out,
         seed=args.seed,
+        **({"num_heads": options.num_heads, "kappa": options.kappa} if options.kind == "value" else {}),
         num_return_sequences=options.num_return_sequences,
         max_new_tokens=options.max_new_tokens,
         block_size=options.block_size,

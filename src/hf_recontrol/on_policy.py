@@ -97,7 +97,8 @@ def train_control(
         ).train()
 
     collect = partial(collect_rollouts, model, tokenizer, prompts, reward_funcs, **collecting)
-    return _improve(collect, new, under, fit, folder, head, iterations=iterations, held_out=held_out, seed=seed)
+    rounds: dict[str, Any] = {"iterations": iterations, "held_out": held_out, "seed": seed, "writes": args.should_save}
+    return _improve(collect, new, under, fit, folder, head, **rounds)
 
 
 def train_value(
@@ -178,7 +179,8 @@ def train_value(
             fit_ensemble(head=head, num_heads=num_heads, kappa=kappa, **options)
 
     collect = partial(collect_rollouts, model, tokenizer, prompts, reward_funcs, **collecting)
-    return _improve(collect, new, under, fit, folder, head, iterations=iterations, held_out=held_out, seed=seed)
+    rounds: dict[str, Any] = {"iterations": iterations, "held_out": held_out, "seed": seed, "writes": args.should_save}
+    return _improve(collect, new, under, fit, folder, head, **rounds)
 
 
 def _improve(
@@ -192,6 +194,7 @@ def _improve(
     iterations: int,
     held_out: float,
     seed: int,
+    writes: bool,
 ) -> AnyHead:
     """Collect and fit, `iterations` times; write the curves and each round's head into the folder.
 
@@ -200,6 +203,7 @@ def _improve(
         new: a head that reads states of a width.
         under: what a head's answers are collected under; None is the base model.
         fit: (head, training answers, held-out answers, what they were collected under); trains the head in place.
+        writes: whether this process does; of several, the first.
     """
     given, head = head, copy.deepcopy(head)  # interrupted, the caller's is as it was, and the call can be repeated
     rounds = _rounds(head)
@@ -213,10 +217,12 @@ def _improve(
         train, test = rollouts.split(held_out, seed=seed)
         fit(head, train, test, behavior)
         curves.append({"reward": float(test.rewards.mean()), **head.config.info["evaluation"]})
-        (folder / "iterations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curves), encoding="utf-8")
         head.config.info["training"]["iterations"] = rounds + i
         head.config.info["iterations"] = curves[-MOST_CURVES:]
-        head.save_pretrained(folder / f"head-{i}", replace_model_card=True)
+        if writes:
+            table = "".join(json.dumps(row) + "\n" for row in curves)
+            (folder / "iterations.jsonl").write_text(table, encoding="utf-8")
+            head.save_pretrained(folder / f"head-{i}", replace_model_card=True)
     assert head is not None  # for the type checker: iterations ≥ 1
     if given is None:
         return head.eval()

@@ -35,6 +35,10 @@ class TrainOptions:
         "last two are the first to try.",
     )
     num_hidden_layers: int = _option(1, "Of a value or control head, 0 to 2.")
+    num_heads: int = _option(
+        1, "Of a value head: fit so many, of other seeds, and one head to what they agree on; see fit_ensemble."
+    )
+    kappa: float = _option(1.0, "With several heads: κ, how much of their disagreement is subtracted; 0 is their mean.")
     intermediate_size: int | None = _option(None, "Width of the head's hidden layers; as its config's where left out.")
     held_out: float = _option(0.1, "The share of the prompts that the metrics and the calibration are made on.")
     model: str | None = _option(
