@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol.errors import CollectError
 from hf_recontrol.finite_states import check_share, without_bad_states
@@ -15,10 +15,6 @@ POISON = 50  # a token whose embedding is not a number in the poisoned model
 PROMPTS = [*(f"w{i}" for i in range(10, 30)), f"w20 w{POISON} w21", "w30 w31"]
 
 
-def length(completions, **kwargs):
-    return [float(len(completion.split())) for completion in completions]
-
-
 def poisoned(value=torch.nan):
     model = tiny_model()
     with torch.no_grad():
@@ -26,10 +22,10 @@ def poisoned(value=torch.nan):
     return model
 
 
-def collect(folder, model, reward=length, prompts=PROMPTS, **options):
+def collect(folder, model, reward=None, prompts=PROMPTS, **options):
     settings = {"block_size": 11, "max_new_tokens": 5, "progress": False} | options
     settings["generation_kwargs"] = {"suppress_tokens": [POISON], "eos_token_id": [2, 5, 9]}  # −∞ in every logit row
-    return collect_rollouts(model, tiny_tokenizer(), prompts, reward, folder, **settings)
+    return collect_rollouts(model, tiny_tokenizer(), prompts, reward or Length(), folder, **settings)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -41,7 +37,7 @@ def test_a_bad_answer_loses_its_states_and_the_others_are_bit_for_bit_as_without
     rows = list(dataset.rows())
     assert [row["prompt_id"] for row in rows if not row["finite"]] == [20]
     assert rows[20]["finish_reason"] in {"eos", "length", "empty"}
-    assert rows[20]["reward"] == length([rows[20]["completion"]])[0]  # the row is whole
+    assert rows[20]["reward"] == Length()([rows[20]["completion"]])[0]  # the row is whole
     others = [item for item in sound if item["prompt_id"] != 20]
     assert [item["prompt_id"] for item in dataset] == [item["prompt_id"] for item in others]
     for item, other in zip(dataset, others, strict=True):
@@ -55,14 +51,12 @@ def test_a_resumed_run_has_the_same_and_warns_again(tmp_path):
         collect(tmp_path / "unbroken", poisoned())
     calls = iter(range(2))
 
-    def interrupted(completions, **kwargs):
+    def interrupt():
         if next(calls):
             raise KeyboardInterrupt
-        return length(completions)
 
-    interrupted.__name__ = "length"
     with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path / "broken", poisoned(), interrupted)
+        collect(tmp_path / "broken", poisoned(), Length(interrupt))
     for _ in range(2):
         with pytest.warns(UserWarning, match="1 of 22"):
             collect(tmp_path / "broken", poisoned())

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol import preemption
 from hf_recontrol.preemption import Preemption
@@ -18,13 +18,12 @@ from hf_recontrol.rollouts import collect_rollouts
 PROMPTS = [f"w{i}" for i in range(10, 30)]
 
 
-def length(completions, **kwargs):
-    return [float(len(completion.split())) for completion in completions]
+SMALL = {"block_size": 2, "max_new_tokens": 4, "progress": False}
 
 
-def collect(folder, reward=length):
+def collect(folder, reward=None):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    return collect_rollouts(model, tokenizer, PROMPTS, reward, folder, block_size=2, max_new_tokens=4, progress=False)
+    return collect_rollouts(model, tokenizer, PROMPTS, reward or Length(), folder, **SMALL)
 
 
 def contents(folder):
@@ -37,14 +36,12 @@ def run(folder, entered, seconds, grace, call):
     preemption.GRACE = grace
     calls = iter(range(100))
 
-    def reward(completions, **kwargs):
+    def wait():
         if next(calls) == 3:
             entered.set()
             time.sleep(seconds)
-        return length(completions)
 
-    reward.__name__ = "length"
-    call(lambda: collect(folder, reward))
+    call(lambda: collect(folder, Length(wait)))
 
 
 def sent(folder, signals, seconds=1.0, grace=20.0, call=lambda work: work()):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol import processes
 from hf_recontrol.errors import CollectError
@@ -24,14 +24,10 @@ from hf_recontrol.rollouts import collect_rollouts
 PROMPTS = [f"w{i} w{i + 1}" for i in range(10, 30)]
 
 
-def length(completions, **kwargs):
-    return [float(len(completion.split())) for completion in completions]
-
-
-def collect(folder, reward=length, **options):
+def collect(folder, reward=None, **options):
     settings = {"block_size": 2, "max_new_tokens": 6, "num_return_sequences": 2, "progress": False} | options
     settings["generation_kwargs"] = {"eos_token_id": [2, 5, 9, 13]}
-    return collect_rollouts(tiny_model(), tiny_tokenizer(), PROMPTS, reward, folder, **settings)
+    return collect_rollouts(tiny_model(), tiny_tokenizer(), PROMPTS, reward or Length(), folder, **settings)
 
 
 def contents(folder):
@@ -98,24 +94,20 @@ def test_several_processes_collect_what_one_collects(tmp_path, alone, size):
     assert contents(tmp_path / "run") == contents(alone)
 
 
-class Slow:
+def slow(log=None):
     """The same reward, some time later."""
 
-    __name__ = "length"
-
-    def __init__(self, log=None):
-        self.log = log
-
-    def __call__(self, completions, **kwargs):
-        if self.log is not None:
-            with open(self.log, "a") as file:
+    def wait():
+        if log is not None:
+            with open(log, "a") as file:
                 file.write(f"{os.getpid()}\n")
         time.sleep(0.1)
-        return length(completions)
+
+    return Length(wait)
 
 
 def test_each_takes_a_share_and_scores_it_itself(tmp_path):
-    run = Run(tmp_path / "run", 2, reward=Slow(tmp_path / "log"))
+    run = Run(tmp_path / "run", 2, reward=slow(tmp_path / "log"))
     assert run.end()[0] == [0, 0]
     calls = (tmp_path / "log").read_text().split()
     assert len(calls) == 10  # no block twice
@@ -124,7 +116,7 @@ def test_each_takes_a_share_and_scores_it_itself(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_the_others_say_so_and_the_run_is_resumed_by_any_number(tmp_path, alone, victim):
-    run = Run(tmp_path / "run", 2, reward=Slow())
+    run = Run(tmp_path / "run", 2, reward=slow())
     run.wait_for_a_block(2)
     begin = time.monotonic()
     os.kill(run.children[victim].pid, signal.SIGKILL)
@@ -145,21 +137,19 @@ def test_when_one_is_killed_the_others_say_so_and_the_run_is_resumed_by_any_numb
 def test_a_run_that_one_process_has_begun_is_finished_by_two(tmp_path, alone):
     calls = iter(range(4))
 
-    def interrupted(completions, **kwargs):
+    def interrupt():
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return length(completions)
 
-    interrupted.__name__ = "length"
     with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path / "run", interrupted)
+        collect(tmp_path / "run", Length(interrupt))
     statuses, told = Run(tmp_path / "run", 2).end()
     assert statuses == [0, 0], told
     assert contents(tmp_path / "run") == contents(alone)
 
 
 def test_a_second_run_is_refused_while_a_group_collects(tmp_path, alone):
-    run = Run(tmp_path / "run", 2, reward=Slow())
+    run = Run(tmp_path / "run", 2, reward=slow())
     run.wait_for_a_block(1)
     with pytest.raises(CollectError, match="Another process is writing"):
         collect(tmp_path / "run")
@@ -179,7 +169,7 @@ def test_processes_that_call_with_other_arguments_are_refused(tmp_path):
 
 def test_an_error_in_one_process_ends_the_others_too(tmp_path):
     def bad(completions, **kwargs):
-        return [1.0] if os.environ["RANK"] == "1" else length(completions)
+        return [1.0] if os.environ["RANK"] == "1" else Length()(completions)
 
     bad.__name__ = "length"
     statuses, told = Run(tmp_path / "run", 2, reward=bad).end()
@@ -203,7 +193,7 @@ def test_one_that_never_comes_is_waited_for_no_longer_than_the_patience(tmp_path
 
 
 def test_sigterm_to_a_group_finishes_the_blocks_in_hand_and_leaves_with_143(tmp_path, alone):
-    run = Run(tmp_path / "run", 2, reward=Slow())
+    run = Run(tmp_path / "run", 2, reward=slow())
     run.wait_for_a_block(2)
     for child in run.children:
         os.kill(child.pid, signal.SIGTERM)

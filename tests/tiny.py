@@ -76,3 +76,16 @@ def prompts(rows: int = 3, length: int = 5, seed: int = 0) -> dict[str, torch.Te
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+class Length:
+    """A reward, the words of each completion, which may do something first: its code is the same, so a run goes on."""
+
+    __name__ = "length"
+
+    def __init__(self, first=lambda: None):
+        self.first = [first]  # in a list, into which a fingerprint does not look
+
+    def __call__(self, completions, **kwargs):
+        self.first[0]()
+        return [float(len(completion.split())) for completion in completions]
