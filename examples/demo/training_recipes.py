@@ -204,7 +204,7 @@ def recipe_rows(
     """Of each recipe: explained variance, gains on average over the KLs, and the differences to its reference."""
     rows = []
     for name, of_kl in cells.items():
-        measured = {"explained_variance": parts[name]}
+        measured = {"explained_variance": parts[name]} if name in parts else {}
         for scorer in ("judge", "reward"):
             of_each = {f"{scorer} at {kl:g}": gains(runs, base, scorer) for kl, runs in of_kl.items()}
             measured |= of_each | {scorer: torch.stack(list(of_each.values())).mean(0)}
@@ -214,7 +214,8 @@ def recipe_rows(
         values, reference = row.pop("values"), found.get(row["against"])
         row |= {name: interval(part) for name, part in values.items()}
         if reference:
-            row["difference"] = {name: interval(part - reference[name]) for name, part in values.items()}
+            both = [name for name in values if name in reference]
+            row["difference"] = {name: interval(values[name] - reference[name]) for name in both}
     return rows
 
 
@@ -227,7 +228,9 @@ def best_of(n: int, demo: Demo, base: Any, plain: dict[str, float]) -> dict[str,
 
 
 def shown(gain: dict[str, float] | None, digits: int = 2) -> str:
-    return "" if gain is None else f"{gain['mean']:+.{digits}f} [{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]"
+    return (
+        "–" if gain is None else f"{gain['mean']:+.{digits}f} [{gain['low']:+.{digits}f}, {gain['high']:+.{digits}f}]"
+    )
 
 
 def tables(recipes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
@@ -238,7 +241,7 @@ def tables(recipes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     last = {row["method"]: row for row in rows if row["setting"] == KL_PER_ANSWER[-1]}
     for recipe in recipes:
         row = last[recipe["method"]]
-        cells = [recipe["method"], shown(recipe["explained_variance"], 3)]
+        cells = [recipe["method"], shown(recipe.get("explained_variance"), 3)]
         cells += [shown(recipe[f"judge at {kl:g}"]) for kl in KL_PER_ANSWER] + [shown(row["reward"])]
         cells += [f"{row['kl_per_answer']:.2f}", f"{row['perplexity_ratio']:.2f} ×"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -246,37 +249,37 @@ def tables(recipes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     lines += ["", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for recipe in recipes:
         if difference := recipe.get("difference"):
-            cells = [recipe["method"], recipe["against"], shown(difference["explained_variance"], 3)]
+            cells = [recipe["method"], recipe["against"], shown(difference.get("explained_variance"), 3)]
             lines.append("| " + " | ".join([*cells, shown(difference["judge"]), shown(difference["reward"])]) + " |")
     return "\n".join(lines)
 
 
 def draw(recipes: list[dict[str, Any]], best: dict[str, Any]) -> Figure:
-    """A line of dots for each recipe: explained variance, and the gains at each KL, with their intervals."""
-    figure = Figure(figsize=(12, 0.32 * len(recipes) + 1.6), layout="constrained")
+    """A line for each recipe: explained variance, and the gains at each KL, with their intervals."""
+    figure = Figure(figsize=(10, 0.42 * len(recipes) + 1.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    places = range(len(recipes))
     for i, recipe in enumerate(recipes):
-        gain = recipe["explained_variance"]
-        axes[0].plot([100 * gain["low"], 100 * gain["high"]], [i, i], color="black", linewidth=1.5)
-        axes[0].plot(100 * gain["mean"], i, "o", color="black", markersize=5)
+        if gain := recipe.get("explained_variance"):
+            axes[0].plot([100 * gain["low"], 100 * gain["high"]], [i, i], color="black")
+            axes[0].plot(100 * gain["mean"], i, "o", color="black", markersize=5)
         for axis, scorer in zip(axes[1:], ("judge", "reward"), strict=True):
-            for kl, colour in zip(KL_PER_ANSWER, LINES, strict=False):
-                gain = recipe[f"{scorer} at {kl:g}"]
+            for k, (kl, colour) in enumerate(zip(KL_PER_ANSWER, LINES, strict=False)):
+                gain, height = recipe[f"{scorer} at {kl:g}"], i + 0.2 * k - 0.3
                 label = f"{kl:g} nats an answer" if i == 0 and scorer == "judge" else None
-                axis.plot([gain["low"], gain["high"]], [i, i], color=colour, linewidth=1.5)
-                axis.plot(gain["mean"], i, "o", color=colour, markersize=5, label=label)
+                axis.plot([gain["low"], gain["high"]], [height, height], color=colour)
+                axis.plot(gain["mean"], height, "o", color=colour, markersize=4, label=label)
     for axis, scorer in zip(axes[1:], ("judge", "reward"), strict=True):
-        label = "best-of-4 (at most 0.64 nats)" if scorer == "judge" else None
+        label = "best-of-4 (≤ 0.64 nats)" if scorer == "judge" else None
         axis.axvline(best[scorer]["mean"], color="grey", linestyle="--", label=label)
-        axis.set_xlabel(f"{scorer} gain (sd of base answers)")
-    axes[0].set_xlabel("explained variance of the final reward (%)")
-    axes[0].set_yticks(places, [recipe["method"] for recipe in recipes])
-    axes[0].invert_yaxis()
+        axis.set_xlabel(f"{scorer} gain\n(sd of base answers)")
+    axes[0].set_xlabel("explained variance of the\nfinal reward, held-out answers (%)")
+    axes[0].set_yticks(range(len(recipes)), [recipe["method"] for recipe in recipes])
+    axes[0].set_ylim(len(recipes) - 0.5, -0.5)
     for axis in axes:
-        axis.grid(axis="y", color="#dddddd")
         axis.axvline(0, color="grey", linewidth=0.8)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+        for i in range(1, len(recipes), 2):
+            axis.axhspan(i - 0.5, i + 0.5, color="#f2f2f2", linewidth=0)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, columnspacing=1.2, handletextpad=0.4)
     return figure
 
 
@@ -298,11 +301,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     base = kept(args.work / "base.json", demo, prompts, None)["answers"]
     plain = figures(demo, base, None)
     cells: dict[str, Cells] = {name: {kl: [] for kl in KL_PER_ANSWER} for name in references}
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in references}
+    # V of answers under control, and a random direction, do not predict the base model's answers
+    fitted = [name for name in references if not name.endswith("iterations") and name != "random direction"]
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in fitted}
     for seed in args.seeds:
         run = Run.collect(demo, args.work, args.sizes, args.held_out_prompts, seed)
         for method, head in run.heads():
-            parts[method].append(explained_parts(head, run.held_out))
+            if method in parts:
+                parts[method].append(explained_parts(head, run.held_out))
             for asked in KL_PER_ANSWER:
                 config = ControlConfig(strength=asked / length)
                 cell = kept(args.work / f"{method} {asked} {seed}.json", demo, prompts, seed, head, config)
