@@ -9,7 +9,6 @@ by the mean length of answers to validation prompts; what is reported is of test
 """
 
 import argparse
-import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,12 +24,12 @@ from torch.utils.data import Subset
 
 from hf_recontrol import (
     ControlConfig,
-    Controller,
     ValueHead,
+    ValueHeadConfig,
     calibrate,
-    collect_rollouts,
     fit_linear_head,
     sample_states,
+    train_value,
 )
 from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.comparison import sample
@@ -41,6 +40,7 @@ from hf_recontrol.demo.training import (
     train_value_head,
     training_arguments,
 )
+from hf_recontrol.ensemble import Distiller, seeded_head
 from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, crossed_bootstrap
 from hf_recontrol.fitting import batches
 from hf_recontrol.plots import LINES
@@ -51,7 +51,6 @@ KAPPAS = (0, 1, 2)
 ITERATIONS = 3
 PAPER = "recipe=paper, fewest answers"  # its 100 epochs on more would take longer than all else
 ANSWERS = 5  # to each prompt
-COLLECTING = ControlConfig(strength=0.1)
 Cells = dict[float, list[dict[str, Any]]]  # of each KL, the runs
 
 
@@ -111,13 +110,10 @@ class Run:
         yield self.kept(PAPER, lambda: self.fit(fewest, "paper"))
         yield self.kept("shuffled rewards", lambda: self.fit(Shuffled(usual, self.seed)))
         yield self.kept("random direction", lambda: random_direction(self.rollouts.hidden_size, self.seed))
-        head = first
-        for i in range(2, ITERATIONS + 1):  # the first is the MLP on the base model's own answers
-            name, head = self.kept(f"{i} iterations", lambda head=head, i=i: self.fit(self.under(head, i, size)))
-            yield name, head
+        yield from self.improved(first, size)
         members = [first, *(self.kept(f"member {i}", lambda i=i: self.fit(usual, member=i))[1] for i in (1, 2))]
         for kappa in KAPPAS:
-            yield self.kept(f"ensemble, κ = {kappa}", lambda kappa=kappa: distilled(members, kappa, usual, self.seed))
+            yield self.kept(f"ensemble, κ = {kappa}", lambda kappa=kappa: self.distilled(members, kappa, usual))
 
     def kept(self, name: str, make: Callable[[], ValueHead]) -> tuple[str, ValueHead]:
         """The head from its folder; made, calibrated and saved where it is not there yet."""
@@ -136,18 +132,32 @@ class Run:
         args = training_arguments(self.folder, recipe, seed=self.seed + 100 * member, disable_tqdm=True, **settings)
         return train_value_head(self.demo, train, self.held_out, args)
 
-    def under(self, head: ValueHead, iteration: int, answers: int) -> Any:
-        """Answers under the head, to the prompts that the base model's were to."""
-        return collect_rollouts(
-            self.demo.model,
-            self.demo.tokenizer,
-            self.demo.prompts["train"][: answers // ANSWERS],
-            self.demo.reward,
-            self.folder / f"under-control-{self.seed}-{iteration}",
-            seed=self.seed + 1000 * iteration,
-            controller=Controller(head, COLLECTING),
-            **collecting(ANSWERS),
-        )
+    def improved(self, head: ValueHead, answers: int) -> Iterator[tuple[str, ValueHead]]:
+        """The head after each further iteration, on its own answers to the prompts that it was fitted to."""
+        folder = self.folder / f"under-control-{self.seed}"
+        if not (folder / f"head-{ITERATIONS - 1}" / "config.json").exists():
+            train_value(
+                self.demo.model,
+                self.demo.tokenizer,
+                self.demo.prompts["train"][: answers // ANSWERS],
+                self.demo.reward,
+                folder,
+                iterations=ITERATIONS - 1,
+                head=head,
+                args=training_arguments(folder, seed=self.seed, disable_tqdm=True),
+                seed=1000 * self.seed,
+                **collecting(ANSWERS),
+            )
+        for i in range(1, ITERATIONS):  # the first iteration is the head itself
+            yield f"{i + 1} iterations", ValueHead.from_pretrained(folder / f"head-{i}")
+
+    def distilled(self, members: list[ValueHead], kappa: float, train: Any) -> ValueHead:
+        """fit_ensemble's last step; its first, the members, is the same for each κ."""
+        head = seeded_head(ValueHead, ValueHeadConfig(hidden_size=train.hidden_size), self.seed)
+        args = training_arguments(self.folder, seed=self.seed, disable_tqdm=True)
+        datasets = {"train_dataset": train, "eval_dataset": self.held_out}
+        Distiller(head, args, members=members, kappa=kappa, base_model=self.demo.model, **datasets).train()
+        return head.eval()
 
 
 def explained_parts(head: ValueHead, answers: Any) -> torch.Tensor:
@@ -165,27 +175,6 @@ def explained_parts(head: ValueHead, answers: Any) -> torch.Tensor:
     prompts = torch.tensor([answers[i]["prompt_id"] for i in range(len(answers))])
     parts = torch.zeros(int(prompts.max()) + 1, dtype=torch.float64).index_add(0, prompts, spread - torch.stack(gained))
     return parts * len(parts) / spread.sum()
-
-
-def distilled(members: list[ValueHead], kappa: float, answers: Any, seed: int) -> ValueHead:
-    """One head that has learned V̄ − κ · std of the members' values; it starts as the first of them."""
-    states = torch.cat([batch["hidden_states"] for batch in batches(answers, 256)])
-    with torch.no_grad():
-        values = torch.stack([member(states) for member in members])
-        targets = values.mean(0) - kappa * values.std(0)
-    head, generator = copy.deepcopy(members[0]), torch.Generator().manual_seed(seed)
-    head.config.control.forget_calibration()
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
-    chosen = [part for _ in range(3) for part in torch.randperm(len(states), generator=generator).split(1024)]
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(chosen))
-    for part in chosen:
-        loss = (head(states[part]) - targets[part]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    print(f"distilled κ = {kappa}: residual {float(loss) / float(targets.var()):.3f} of the variance", flush=True)
-    return head.eval()
 
 
 def gains(runs: list[dict[str, Any]], base: Any, scorer: str) -> torch.Tensor:
