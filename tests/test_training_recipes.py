@@ -52,3 +52,17 @@ def test_the_parts_of_the_prompts_have_the_explained_variance_as_their_mean(exam
     parts = example["explained_parts"](head, held_out)
     assert parts.shape == (3,)
     assert float(parts.mean()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_gains_that_grow_with_the_root_of_the_kl_are_found_at_the_kl_asked_for(example):
+    base = [[{"judge": 0.0}, {"judge": 2.0}]] * 3
+
+    def cell(nats):
+        answers = [[{"judge": 1 + nats**0.5 * prompt}] for prompt in range(3)]
+        return {"answers": answers, "figures": {"kl_per_answer": nats}}
+
+    cells = {0.5: [cell(0.45), cell(0.6)], 1.0: [cell(1.1), cell(0.9)], 4.0: [cell(4.4), cell(3.5)]}
+    sd = torch.tensor([0.0, 2.0] * 3, dtype=torch.float64).std()
+    for asked, gains in example["gains_at_equal_kl"](cells, base, "judge").items():
+        expected = torch.tensor([[0.0, asked**0.5, 2 * asked**0.5]] * 2, dtype=torch.float64)
+        torch.testing.assert_close(gains * sd, expected)

@@ -183,6 +183,21 @@ def gains(runs: list[dict[str, Any]], base: Any, scorer: str) -> torch.Tensor:
     return torch.stack([(column(run["answers"], scorer).mean(1) - before.mean(1)) / before.std() for run in runs])
 
 
+def gains_at_equal_kl(of_kl: Cells, base: Any, scorer: str) -> dict[float, torch.Tensor]:
+    """Gains at the very KLs that were asked for: of each run linear in √KL between what it came out at."""
+    curves = torch.stack([gains(runs, base, scorer) for runs in of_kl.values()], dim=1)  # (runs, KLs, prompts)
+    nats = torch.tensor([[cell["figures"]["kl_per_answer"] for cell in runs] for runs in of_kl.values()])
+    found: dict[float, torch.Tensor] = {}
+    for asked in of_kl:
+        rows = []
+        for curve, roots in zip(curves, nats.sqrt().T, strict=True):
+            above = min(max(int((roots < asked**0.5).sum()), 1), len(roots) - 1)
+            share = float((asked**0.5 - roots[above - 1]) / (roots[above] - roots[above - 1]))
+            rows.append((1 - share) * curve[above - 1] + share * curve[above])
+        found[asked] = torch.stack(rows)
+    return found
+
+
 def interval(parts: torch.Tensor) -> dict[str, float]:
     return asdict(crossed_bootstrap(parts))
 
@@ -195,7 +210,7 @@ def recipe_rows(
     for name, of_kl in cells.items():
         measured = {"explained_variance": parts[name]} if name in parts else {}
         for scorer in ("judge", "reward"):
-            of_each = {f"{scorer} at {kl:g}": gains(runs, base, scorer) for kl, runs in of_kl.items()}
+            of_each = {f"{scorer} at {kl:g}": part for kl, part in gains_at_equal_kl(of_kl, base, scorer).items()}
             measured |= of_each | {scorer: torch.stack(list(of_each.values())).mean(0)}
         rows.append({"method": name, "against": references[name], "values": measured})
     found = {row["method"]: row["values"] for row in rows}
@@ -231,7 +246,7 @@ def tables(recipes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     for recipe in recipes:
         row = last[recipe["method"]]
         cells = [recipe["method"], shown(recipe.get("explained_variance"), 3)]
-        cells += [shown(recipe[f"judge at {kl:g}"]) for kl in KL_PER_ANSWER] + [shown(row["reward"])]
+        cells += [shown(recipe[f"judge at {kl:g}"]) for kl in KL_PER_ANSWER] + [shown(recipe["reward at 4"])]
         cells += [f"{row['kl_per_answer']:.2f}", f"{row['perplexity_ratio']:.2f} ×"]
         lines.append("| " + " | ".join(cells) + " |")
     names = ["recipe", "less", "explained variance", "judge, mean of the four KLs", "reward, mean of the four KLs"]
