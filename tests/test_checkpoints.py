@@ -213,7 +213,7 @@ def test_kill_9_at_random_costs_the_steps_since_the_newest_whole_checkpoint_and_
     kills(10, tmp_path, unbroken, rollouts)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kill_9_at_random_many_times(tmp_path, unbroken, rollouts):
     assert kills(200, tmp_path, unbroken, rollouts) > 10, "the kills did not hit the saves"
 

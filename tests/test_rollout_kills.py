@@ -46,7 +46,7 @@ class Naive:
     def __init__(self, folder, process=0):
         folder.mkdir(exist_ok=True)
         self.path = folder / "rollouts.pt"
-        self.blocks = torch.load(self.path) if self.path.exists() else {}
+        self.blocks = torch.load(self.path)["blocks"] if self.path.exists() else {}
 
     @property
     def committed(self):
@@ -54,7 +54,7 @@ class Naive:
 
     def commit(self, number, states, offsets, rewards, token_ids, rows):
         self.blocks[number] = (states, offsets, rewards, token_ids)
-        torch.save(self.blocks, self.path)
+        torch.save({"blocks": self.blocks, "as large as real ones": torch.zeros(2**20)}, self.path)
 
     def close(self):
         pass
@@ -214,7 +214,7 @@ def test_30_kills_in_groups_of_changing_size_lose_nothing_double_nothing_and_spo
     assert [path.name for path in (tmp_path / "killed").glob("manifest*")] == [MANIFEST]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("sizes", [(1,), (1, 2, 3)])
 def test_300_kills(tmp_path, record_property, sizes):
     counts = sound(killed(Store, tmp_path, 300, sizes, seed=1), 300)
@@ -243,7 +243,7 @@ def test_a_commit_told_before_its_line_is_on_the_disk_fails_here(tmp_path):
                 super()._append(self.line)
             super().close()
 
-    assert killed(Hasty, tmp_path, 20)["lost"] > 0
+    assert killed(Hasty, tmp_path, 80)["lost"] > 0
 
 
 def test_two_lines_for_a_block_fail_here(tmp_path):

@@ -525,7 +525,7 @@ def test_progress_is_shown_unless_it_is_not_wanted(tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_rollouts(tmp_path):
     """10,000 answers, whose states are 160 MB: what is resident after the first thousand stays."""
     resident = []

@@ -19,7 +19,7 @@ from tiny import prompts, tiny_head, tiny_model
 from hf_recontrol import Controller, enable_recontrol, hooks
 from hf_recontrol.hooks import live_call
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 KEPT = 50  # exceptions with their tracebacks, as a notebook keeps them
 MIB = 2**20
 

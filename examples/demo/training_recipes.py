@@ -2,10 +2,10 @@
 
     python examples/demo/training_recipes.py --output examples/demo/training_recipes
 
-Everything three times over, with other seeds of the rollouts, the training and the sampling: about three quarters of
-an hour of one CPU core. Prints tables, writes OUTPUT.json (all rows) and OUTPUT.png. Each stage is kept in the work
-folder: killed, call it again; several processes may share it, each with other --seeds. A strength is the KL asked for
-by the mean length of answers to validation prompts; what is reported is of test prompts.
+Everything three times over, with other seeds of the rollouts, the training and the sampling: some two hours of one
+CPU core. Prints tables, writes OUTPUT.json (all rows) and OUTPUT.png. Each stage is kept in the work folder: killed,
+call it again; several processes may share it, each with other --seeds. A strength is the KL asked for by the mean
+length of answers to validation prompts; what is reported is of test prompts.
 """
 
 import argparse
