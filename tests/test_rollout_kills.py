@@ -171,7 +171,7 @@ def killed(kind, folder, kills, sizes=(1,), seed=0):
             time.sleep(chance.uniform(0, typical if opening else 2.5 * typical))
             promised, inside = child.kill()
             if child.status == 1:
-                counts["lost"] += len(acknowledged)  # it could not open what was left
+                counts["lost"] += len(expected)  # it could not open what was left, and nobody ever will
                 return counts
             acknowledged |= promised
             counts["kills"] += child.status == -signal.SIGKILL
