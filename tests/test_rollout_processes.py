@@ -118,6 +118,7 @@ def test_each_takes_a_share_and_scores_it_itself(tmp_path):
 def test_when_one_is_killed_the_others_say_so_and_the_run_is_resumed_by_any_number(tmp_path, alone, victim):
     run = Run(tmp_path / "run", 2, reward=slow())
     run.wait_for_a_block(2)
+    time.sleep(0.05)  # both are scoring
     begin = time.monotonic()
     os.kill(run.children[victim].pid, signal.SIGKILL)
     statuses, told = run.end()
@@ -126,7 +127,7 @@ def test_when_one_is_killed_the_others_say_so_and_the_run_is_resumed_by_any_numb
     assert statuses[1 - victim] == 3
     assert "Another of the 2 processes of this run has ended" in told[1 - victim]
     kept = len(RolloutDataset(tmp_path / "run").rewards)
-    assert 0 < kept < len(RolloutDataset(alone))
+    assert 0 < kept <= len(RolloutDataset(alone))  # all but the block of the victim, if it had one in hand
     if victim:
         collect(tmp_path / "run")
     else:
