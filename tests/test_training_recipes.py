@@ -31,8 +31,8 @@ def test_a_run_that_was_cut_off_goes_on_and_comes_out_the_same(example, tmp_path
     assert (tmp_path / "recipes.png").stat().st_size > 0
     assert [row["method"] for row in whole["recipes"]] == list(example["compared_with"]([20]))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.json")}
-    shutil.rmtree(tmp_path / "work" / "heads-1" / "λ = 0.5")
-    lost = list((tmp_path / "work").glob("λ = 0.5 *.json"))
+    shutil.rmtree(tmp_path / "work" / "heads-1" / "ensemble, κ = 0")  # of heads that are made before the iterations
+    lost = list((tmp_path / "work").glob("ensemble, κ = 0 *.json"))
     assert len(lost) == len(example["KL_PER_ANSWER"])
     for path in lost:
         path.unlink()

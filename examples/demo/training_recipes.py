@@ -9,6 +9,7 @@ length of answers to validation prompts; what is reported is of test prompts.
 """
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ class Run:
                 self.demo.reward,
                 folder,
                 iterations=ITERATIONS - 1,
-                head=head,
+                head=copy.deepcopy(head),  # it is written in place
                 args=training_arguments(folder, seed=self.seed, disable_tqdm=True),
                 seed=1000 * self.seed,
                 **collecting(ANSWERS),
