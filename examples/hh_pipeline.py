@@ -3,8 +3,8 @@
     python examples/hh_pipeline.py PAIRS.jsonl.gz --output hh
 
 PAIRS has rows {"chosen", "rejected"}, whole dialogues as in Anthropic/hh-rlhf. Their texts may offend; none is printed,
-but OUTPUT holds answers like them. All is made from the pairs, in some twenty minutes of one core, so the language model
-babbles: this checks the pipeline, and says nothing of large models.
+but OUTPUT holds answers like them. All is made from the pairs, in some twenty minutes of one core, so the language
+model babbles: this checks the pipeline, and says nothing of large models.
 
 Two reward models of different kinds learn from the training pairs: the mean over an answer's words, and the language
 model itself. The better one on validation pairs is the reward, the other one the judge, which no head is trained on.
@@ -14,25 +14,15 @@ What is in OUTPUT is not made again, so take another one for other pairs or sett
 """
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EuroBertConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from hh_models import TINY, TURN, Settings, margins_of, train_language_model, train_reward_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_recontrol import (
     ControlConfig,
@@ -53,15 +43,12 @@ from hf_recontrol import (
     load_prompts,
     sample_states,
 )
-from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.training import random_direction
 from hf_recontrol.evaluation import evaluate_answers, paired_bootstrap
 from hf_recontrol.rewards import Rewards
 
 ENOUGH = 0.60  # accuracy on held-out pairs, for a reward to be worth steering to
 CONTROL = ControlConfig(strength=0.1)
-TURN = "\n\nAssistant:"
-CONTEXT, ROW, ROWS = 512, 256, 8
 METHODS = ("linear value head", "MLP value head", "constant control", "MLP control", "random direction")
 FIGURES = {
     "kl_per_answer": "nats an answer",
@@ -69,25 +56,7 @@ FIGURES = {
     "distinct_3": "distinct-3",
     "length": "tokens",
 }
-Pairs = list[dict[str, Any]]
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    vocabulary: int = 2048
-    hidden_size: int = 192
-    layers: int = 3
-    language_model_steps: int = 1200  # of ROWS × ROW tokens each
-    reward_epochs: int = 3
-    reward_tokens: int = 160  # the last ones of a dialogue, that the language model judges it by
-    prompt_tokens: int = 160
-    new_tokens: int = 48
-    answers: int = 8  # to each training prompt, for the heads
-    test_answers: int = 4  # to each held-out prompt, by each method
-
-
-TINY = Settings(300, 32, 1, 40, 3, 64, 64, 8, 2, 2)
 
 
 def split(rows: Any) -> dict[str, Any]:
@@ -113,150 +82,28 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def fit(name: str, model: Any, loss_of_batch: Callable[[], torch.Tensor], steps: int, rate: float) -> None:
-    """AdamW, with a warm-up and then a linear decay to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 1 - step / steps))
-    every, losses = max(1, steps // 5), []
-    for step in range(1, steps + 1):
-        loss = loss_of_batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % every == 0:
-            print(f"{name}: step {step} of {steps}, loss {sum(losses[-every:]) / every:.3f}", flush=True)
-
-
-def train_language_model(folder: Path, texts: list[str], settings: Settings) -> None:
-    """A tokenizer like the demo's, for these texts, and a Llama fitted to them, joined and cut into rows."""
-    torch.manual_seed(0)
-    tokenizer = Demo().tokenizer.train_new_from_iterator(texts, settings.vocabulary, show_progress=False)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=settings.hidden_size * 5 // 2,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.hidden_size // 32, tie_word_embeddings=True,
-        max_position_embeddings=CONTEXT, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    dialogues = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
-
-    generator, tokens = random.Random(0), []
-
-    def loss_of_batch() -> torch.Tensor:
-        while len(tokens) < ROW * ROWS:
-            tokens.extend(generator.choice(dialogues))
-        rows = torch.tensor(tokens[: ROW * ROWS]).view(ROWS, ROW)
-        del tokens[: ROW * ROWS]
-        return model(input_ids=rows, labels=rows).loss
-
-    fit(folder.name, model, loss_of_batch, settings.language_model_steps, 3e-3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """The words and marks behind the last "Assistant:", in lower case; those of fewer than three texts are one."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    behind = normalizers.Replace(Regex(rf"(?m)\A.*{TURN}"), "")  # (?m): in Oniguruma the dot is then any character
-    tokenizer.normalizer = normalizers.Sequence([behind, normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(?:'\w+)?|[!?.,]"), "removed", invert=True)
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
-    trainer = trainers.WordLevelTrainer(min_frequency=3, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
-    )
-
-
-def margins(model: Any, tokenizer: Any, pairs: Pairs, longest: int) -> torch.Tensor:
-    """Score of the chosen dialogue less that of the rejected one, float (pairs,)."""
-    texts = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-    chosen, rejected = model(**inputs).logits[:, 0].chunk(2)
-    return chosen - rejected
-
-
-def train_reward_model(folder: Path, pairs: Pairs, language_model: Path, settings: Settings) -> None:
-    """By Bradley and Terry (1952): the loss is −log σ(margin). Of the kind that the folder's name says.
-
-    The settings were chosen by four-fold cross-validation on the training pairs of Anthropic's harmless-base.
-    """
-    torch.manual_seed(0)
-    if folder.name.startswith("words"):
-        tokenizer: Any = word_tokenizer([pair[side] for pair in pairs for side in ("chosen", "rejected")])
-        config: Any = EuroBertConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=0, num_labels=1,
-            num_attention_heads=1, pad_token_id=0, mask_token_id=1, bos_token_id=2, eos_token_id=None,
-        )  # fmt: skip
-        model, rate, size, longest = AutoModelForSequenceClassification.from_config(config), 3e-3, 32, CONTEXT
-    else:
-        base = AutoModelForCausalLM.from_pretrained(language_model)
-        tokenizer = AutoTokenizer.from_pretrained(language_model, padding_side="right", truncation_side="left")
-        config = base.config.__class__.from_pretrained(language_model, num_labels=1, use_cache=False)
-        model, rate, size = AutoModelForSequenceClassification.from_config(config), 3e-4, 16
-        model.model.load_state_dict(base.model.state_dict())
-        torch.nn.init.zeros_(model.score.weight)
-        longest = settings.reward_tokens
-    generator, size = random.Random(0), min(size, len(pairs))
-
-    def loss_of_batch() -> torch.Tensor:
-        return -torch.nn.functional.logsigmoid(margins(model, tokenizer, generator.sample(pairs, size), longest)).mean()
-
-    fit(folder.name, model, loss_of_batch, settings.reward_epochs * len(pairs) // size, rate)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def right(folder: Path, pairs: Pairs, longest: int) -> float:
-    """How many pairs the reward model tells apart; a tie is half of one."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    parts = [margins(model, tokenizer, pairs[i : i + 64], longest) for i in range(0, len(pairs), 64)]
-    return count(torch.cat(parts))
-
-
-def count(margin: torch.Tensor) -> float:
-    return float((margin > 0).sum() + (margin == 0).sum() / 2)
-
-
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    share, spread = successes / n, z * z / n
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
-
-
-def accuracy(name: str, successes: float, n: int) -> float:
-    """Prints it, with its interval."""
-    low, high = wilson(successes, n)
-    print(f"{name}: right on {successes / n:.1%} of {n} pairs, 95 % interval {low:.1%} to {high:.1%}", flush=True)
-    return successes / n
+def report(name: str, margins: torch.Tensor) -> float:
+    """Prints and returns the share of pairs told apart, with its 95 % interval (Wilson 1927). A tie is half of one."""
+    share = float((margins.sign() + 1).mean() / 2)
+    spread = 1.96**2 / len(margins)
+    centre, half = share + spread / 2, (spread * (share * (1 - share) + spread / 4)) ** 0.5
+    low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+    print(f"{name}: right on {share:.1%} of {len(margins)} pairs, 95 % interval {low:.1%} to {high:.1%}", flush=True)
+    return share
 
 
 def choose_reward(output: Path, sides: dict[str, Any], settings: Settings) -> tuple[float, list[Path]]:
     """The accuracy of the reward on held-out pairs, and the folders of reward and judge."""
-    language_model, longest = output / "language_model", settings.reward_tokens
     train, validation, held_out = (list(sides[name]) for name in ("train", "validation", "held_out"))
-    folders = [
-        made(output / kind, lambda folder: train_reward_model(folder, train, language_model, settings))
-        for kind in ("words", "transformer")
-    ]
-    by_validation = {folder: right(folder, validation, longest) for folder in folders}
-    for folder, successes in by_validation.items():
-        accuracy(f"{folder.name}, validation", successes, len(validation))
-    folders.sort(key=lambda folder: -by_validation[folder])
-    lengths = torch.tensor([len(pair["rejected"]) - len(pair["chosen"]) for pair in held_out])
-    accuracy("the shorter answer, held out", count(lengths), len(held_out))
-    shares = [
-        accuracy(f"{role} ({folder.name}), held out", right(folder, held_out, longest), len(held_out))
-        for role, folder in zip(("reward", "judge"), folders, strict=True)
-    ]
-    return shares[0], folders
+    shares = {}
+    for kind in ("words", "transformer"):
+        folder = made(output / kind, lambda folder, kind=kind: train_reward_model(folder, kind, train, settings))
+        shares[folder] = report(f"{kind}, validation", margins_of(folder, validation))
+    reward, judge = sorted(shares, key=lambda folder: -shares[folder])
+    shorter = torch.tensor([float(len(pair["rejected"]) - len(pair["chosen"])) for pair in held_out])
+    report("the shorter answer, held out", shorter)
+    report(f"judge ({judge.name}), held out", margins_of(judge, held_out))
+    return report(f"reward ({reward.name}), held out", margins_of(reward, held_out)), [reward, judge]
 
 
 def train_heads(folder: Path, model: Any, rollouts: RolloutDataset) -> None:

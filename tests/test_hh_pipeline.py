@@ -9,9 +9,15 @@ import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
-main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "hh_pipeline.py"))["main"]
-SUBJECTS = "bread tea maps kites clocks boats bees wool chess rain".split()
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SUBJECTS = ["bread", "tea", "maps", "kites", "clocks", "boats", "bees", "wool", "chess", "rain"]
 KIND, CURT = "gladly here is a friendly guide to", "no go away and read about"
+
+
+@pytest.fixture
+def main(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as python does with a script's folder
+    return runpy.run_path(str(EXAMPLES / "hh_pipeline.py"))["main"]
 
 
 def write_pairs(file, chosen=KIND, rejected=CURT, rows=120):
@@ -29,7 +35,7 @@ def write_pairs(file, chosen=KIND, rejected=CURT, rows=120):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-def test_pairs_become_a_table_which_a_second_run_only_reads(tmp_path, capsys):
+def test_pairs_become_a_table_which_a_second_run_only_reads(main, tmp_path, capsys):
     arguments = [write_pairs(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "made"), "--tiny"]
     rows = main(arguments)
     printed = capsys.readouterr().out
@@ -46,7 +52,7 @@ def test_pairs_become_a_table_which_a_second_run_only_reads(tmp_path, capsys):
     assert "made in" not in capsys.readouterr().out
 
 
-def test_pairs_that_teach_no_reward_give_no_table(tmp_path, capsys):
+def test_pairs_that_teach_no_reward_give_no_table(main, tmp_path, capsys):
     alike = write_pairs(tmp_path / "pairs.jsonl", chosen=KIND, rejected=KIND)
     assert main([alike, "--output", str(tmp_path / "made"), "--tiny"]) is None
     printed = capsys.readouterr().out
