@@ -10,13 +10,17 @@ Two reward models of different kinds learn from the training pairs: the mean ove
 model itself. The better one on validation pairs is the reward, the other one the judge, which no head is trained on.
 A reward that is right on less than 60 % of the held-out pairs is no reward: then there is no table.
 
-What is in OUTPUT is not made again, so take another one for other pairs or settings.
+What is in OUTPUT is not made again, so an interrupted run goes on where it was.
 """
 
 import argparse
+import hashlib
+import json
 import random
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +54,7 @@ from hf_recontrol.rewards import Rewards
 ENOUGH = 0.60  # accuracy on held-out pairs, for a reward to be worth steering to
 CONTROL = ControlConfig(strength=0.1)
 METHODS = ("linear value head", "MLP value head", "constant control", "MLP control", "random direction")
-FIGURES = {
-    "kl_per_answer": "nats an answer",
-    "perplexity": "perplexity",
-    "distinct_3": "distinct-3",
-    "length": "tokens",
-}
+FIGURES = {"kl_per_answer": "nats", "perplexity": "perplexity", "distinct_3": "distinct-3", "length": "tokens"}
 Row = dict[str, Any]
 
 
@@ -75,11 +74,24 @@ def split(rows: Any) -> dict[str, Any]:
 def made(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, made if it is not there; an interrupted one is begun again."""
     if not folder.is_dir():
-        start = time.perf_counter()
-        make(folder.with_name(folder.name + ".unfinished"))
-        folder.with_name(folder.name + ".unfinished").rename(folder)
+        start, unfinished = time.perf_counter(), folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make(unfinished)
+        unfinished.rename(folder)
         print(f"{folder.name}: made in {time.perf_counter() - start:.0f} s", flush=True)
     return folder
+
+
+def check_settings(output: Path, pairs: Path, settings: Settings) -> None:
+    """Refuses to go on with what other pairs or settings made."""
+    asked = {"pairs_sha256": hashlib.sha256(pairs.read_bytes()).hexdigest(), **asdict(settings)}
+    file = output / "settings.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(asked, indent=1) + "\n")
+    if (found := json.loads(file.read_text())) != asked:
+        different = sorted(name for name in asked if found.get(name) != asked[name])
+        raise SystemExit(f"{output} was made with other {', '.join(different)}. Give another --output.")
 
 
 def report(name: str, margins: torch.Tensor) -> float:
@@ -152,7 +164,7 @@ def table(output: Path, prompts: Any, collect: Callable[..., RolloutDataset], mo
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """Gains with their 95 % intervals, by a bootstrap over prompts. The first scorer is the reward."""
+    """Gains with their 95 % intervals, by a bootstrap over prompts; nats and tokens are those of an answer."""
     reward, judge = rows[0]["gains"]
     names = ["method", f"reward ({reward})", f"judge ({judge})", *FIGURES.values()]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
@@ -169,7 +181,7 @@ def main(arguments: list[str] | None = None) -> list[Row] | None:
     parser.add_argument("--tiny", action="store_true", help="seconds: for a test")
     args = parser.parse_args(arguments)
     settings, output, start = TINY if args.tiny else Settings(), args.output, time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    check_settings(output, args.pairs, settings)
     sides = split(load_prompts(args.pairs, recipe="hh"))
     texts = [pair[side] for pair in sides["train"] for side in ("chosen", "rejected")]
     folder = made(output / "language_model", lambda folder: train_language_model(folder, texts, settings))
@@ -184,16 +196,15 @@ def main(arguments: list[str] | None = None) -> list[Row] | None:
 
     def collect(prompts: Any, folder: Path, answers: int = settings.test_answers, **control: Any) -> RolloutDataset:
         return collect_rollouts(
-            model, tokenizer, prompts, rewards, folder, num_return_sequences=answers, seed=answers,
+            model, tokenizer, prompts, rewards, folder, num_return_sequences=answers,
             max_prompt_tokens=settings.prompt_tokens, max_new_tokens=settings.new_tokens, **control,
         )  # fmt: skip
 
     rollouts = collect(sides["train"], output / "rollouts", settings.answers)
     made(output / "heads", lambda folder: train_heads(folder, model, rollouts))
     rows = table(output, sides["held_out"], collect, model, tokenizer)
-    print(
-        as_markdown(rows) + f"\n{rows[0]['n']:.0f} answers by each method. {time.perf_counter() - start:.0f} s in all."
-    )
+    print(as_markdown(rows))
+    print(f"{rows[0]['n']:.0f} answers by each method. {time.perf_counter() - start:.0f} s in all.")
     return rows
 
 

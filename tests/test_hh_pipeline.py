@@ -50,6 +50,8 @@ def test_pairs_become_a_table_which_a_second_run_only_reads(main, tmp_path, caps
     assert not any(text in printed for text in ("gladly", "go away", "Question", "kites"))  # real pairs may offend
     assert main(arguments) == rows
     assert "made in" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"made with other pairs_sha256\. Give another --output"):
+        main([write_pairs(tmp_path / "others.jsonl", rows=60), *arguments[1:]])
 
 
 def test_pairs_that_teach_no_reward_give_no_table(main, tmp_path, capsys):
