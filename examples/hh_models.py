@@ -127,7 +127,7 @@ def margins(model: Any, tokenizer: Any, pairs: Pairs) -> torch.Tensor:
 def train_reward_model(folder: Path, kind: str, pairs: Pairs, settings: Settings) -> None:
     """By Bradley and Terry (1952): the loss is −log σ(margin).
 
-    Rates and epochs were chosen on the training pairs of Anthropic's harmless-base, by cross-validation.
+    The rate and epochs of the words model were chosen by cross-validation on pairs of Anthropic's harmless-base.
     """
     torch.manual_seed(0)
     if kind == "words":
