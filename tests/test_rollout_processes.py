@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol import processes
@@ -55,7 +56,8 @@ class Run:
 
     def _child(self, rank, size, port, work, options):
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        PartialState._reset_state()  # a Trainer of another test may have made it for one process
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with open(f"{self.folder}-{rank}.txt", "w") as told, contextlib.redirect_stderr(told):
             try:
@@ -75,7 +77,9 @@ class Run:
 
     def wait_for_a_block(self, number):
         deadline = time.monotonic() + 60
-        while not (self.folder / f"block-{number:05d}.jsonl").exists() and time.monotonic() < deadline:
+        while not (self.folder / f"block-{number:05d}.jsonl").exists():
+            assert all(child.is_alive() for child in self.children), "it ended too early"
+            assert time.monotonic() < deadline
             time.sleep(0.002)
 
 
