@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from hf_recontrol import ControlConfig, Controller, ValueHead, ValueHeadConfig, enable_recontrol
 from hf_recontrol.forwards import forward_steered
 from hf_recontrol.generation import RecontrolGenerationMixin
-from hf_recontrol.hooks import HiddenStates, lm_head, lm_head_owner
+from hf_recontrol.hooks import lm_head, lm_head_owner
+from hf_recontrol.recording import HiddenStates
 from hf_recontrol.steering import steered_generate
 
 PARAMETERS = 100_000_000  # in each model at most

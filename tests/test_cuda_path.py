@@ -12,11 +12,11 @@ import pytest
 import torch
 from tiny import tiny_control_head, tiny_head
 
-from hf_recontrol import ControlConfig, Controller, cuda_graph, hooks
+from hf_recontrol import ControlConfig, Controller, calls, cuda_graph
 from hf_recontrol.ascent import FlippedColumns, Steps, gram_matrix, in_z
+from hf_recontrol.calls import Call
 from hf_recontrol.control import on_device
 from hf_recontrol.cuda_graph import CudaGraphs
-from hf_recontrol.hooks import Call
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_bound_on_the_kl_is_one_graph_too(records, monkeypatch):
     for _ in range(3):
         logits = 3 * torch.randn(6, 1, 40)
         base, edited = logits.chunk(2)
-        merged, _ = hooks.bounded(base, edited, 0.05)
+        merged, _ = calls.bounded(base, edited, 0.05)
         torch.testing.assert_close(call.after_forward(logits), merged)
     assert records == [4]
 

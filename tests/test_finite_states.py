@@ -8,7 +8,7 @@ from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol.errors import CollectError
 from hf_recontrol.finite_states import check_share, without_bad_states
-from hf_recontrol.rollout_store import RolloutDataset
+from hf_recontrol.rollout_dataset import RolloutDataset
 from hf_recontrol.rollouts import collect_rollouts
 
 POISON = 50  # a token whose embedding is not a number in the poisoned model

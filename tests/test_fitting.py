@@ -10,13 +10,12 @@ from hf_recontrol.fitting import (
     check_one_model,
     fit_linear_head,
     pack_answers,
-    rank_correlation,
     reward_scale,
     set_scales,
-    value_metrics,
     warn_of_empty,
 )
 from hf_recontrol.head_config import RewardScale, ValueHeadConfig
+from hf_recontrol.value_fitting import rank_correlation, value_metrics
 from hf_recontrol.value_head import ValueHead
 
 

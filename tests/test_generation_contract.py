@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_recontrol import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
-from hf_recontrol.hooks import live_call
+from hf_recontrol.calls import live_call
 
 pytestmark = pytest.mark.versions
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

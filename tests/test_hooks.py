@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_recontrol import Controller, SteeringNotApplied, disable_recontrol, enable_recontrol, hooks
+from hf_recontrol import Controller, SteeringNotApplied, calls, disable_recontrol, enable_recontrol, hooks
+from hf_recontrol.calls import Call, live_call, run_live
 from hf_recontrol.forwards import forward_steered
-from hf_recontrol.hooks import Call, live_call, run_live
 
 pytestmark = pytest.mark.versions
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -40,11 +40,11 @@ def test_threads_with_different_heads_on_one_model_never_mix():
 def test_the_thread_test_can_fail():
     """The positive control: the same harness, with the live call in a global instead of a threading.local."""
     shared = types.SimpleNamespace(live=None)
-    thread_local, hooks._THREAD = hooks._THREAD, shared
+    thread_local, calls._THREAD = calls._THREAD, shared
     try:
         assert wrong_generations(enable_recontrol(tiny_model()), repeats=20) > 0
     finally:
-        hooks._THREAD = thread_local
+        calls._THREAD = thread_local
 
 
 def wrong_generations(model, repeats):
@@ -126,10 +126,10 @@ def test_the_sweep_can_fail(monkeypatch):
     """The positive control: a live call that a variable of the frame owns outlives the frame in the traceback."""
 
     def leaky(call, function):
-        live = hooks._Live(call)
-        hooks._THREAD.live = weakref.ref(live)
+        live = calls._Live(call)
+        calls._THREAD.live = weakref.ref(live)
         result = function()
-        hooks._THREAD.live = None
+        calls._THREAD.live = None
         return result
 
     leaky.__code__ = leaky.__code__.replace(co_name="run_live")
@@ -137,7 +137,7 @@ def test_the_sweep_can_fail(monkeypatch):
     for first in range(1, 100):
         kept.append(interrupted_run(first, 0, leaky)[1])
         leaks += live_call() is not None
-        hooks._THREAD.live = None
+        calls._THREAD.live = None
     assert leaks > 0
 
 

@@ -16,8 +16,8 @@ import torch
 from tiny import prompts, tiny_control_head, tiny_head, tiny_model
 from transformers import GenerationMixin, LogitsProcessor, StoppingCriteria
 
-from hf_recontrol import Controller, enable_recontrol, hooks
-from hf_recontrol.hooks import Call, live_call
+from hf_recontrol import Controller, calls, enable_recontrol
+from hf_recontrol.calls import Call, live_call
 
 pytestmark = pytest.mark.versions
 LOGITS = {"return_dict_in_generate": True, "output_logits": True}
@@ -195,7 +195,7 @@ def left_over(model, generate, place, mode, error):
             caught = raised  # with its traceback, as a notebook keeps it
     if caught is not error:
         return [f"instead of the exception: {caught!r}"]
-    if live_call() is not None or hooks._THREAD.live is not None:
+    if live_call() is not None or calls._THREAD.live is not None:
         found.append("a live control")
     if insides(model) != before:
         found.append("something on the model")

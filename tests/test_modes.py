@@ -25,8 +25,8 @@ from transformers import (
 from transformers.modeling_layers import MtpModel
 
 from hf_recontrol import disable_recontrol, enable_recontrol
+from hf_recontrol.calls import live_call
 from hf_recontrol.forwards import generate_with_hidden_states
-from hf_recontrol.hooks import live_call
 
 pytestmark = pytest.mark.versions
 GREEDY = {"do_sample": False, "max_new_tokens": 6}

@@ -12,7 +12,7 @@ from tiny import Length, tiny_model, tiny_tokenizer
 
 from hf_recontrol import preemption
 from hf_recontrol.preemption import Preemption
-from hf_recontrol.rollout_store import RolloutDataset
+from hf_recontrol.rollout_dataset import RolloutDataset
 from hf_recontrol.rollouts import collect_rollouts
 
 PROMPTS = [f"w{i}" for i in range(10, 30)]

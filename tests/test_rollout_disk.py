@@ -13,7 +13,8 @@ from stored import FINGERPRINT, block, contents, write
 
 from hf_recontrol import disk
 from hf_recontrol.errors import CollectError
-from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
+from hf_recontrol.rollout_dataset import RolloutDataset
+from hf_recontrol.rollout_store import RolloutStore
 
 BLOCKS, TWO = range(3), range(2)
 

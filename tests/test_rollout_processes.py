@@ -19,7 +19,7 @@ from tiny import Length, tiny_model, tiny_tokenizer
 from hf_recontrol import processes
 from hf_recontrol.errors import CollectError
 from hf_recontrol.processes import Processes, check_own
-from hf_recontrol.rollout_store import RolloutDataset
+from hf_recontrol.rollout_dataset import RolloutDataset
 from hf_recontrol.rollouts import collect_rollouts
 
 PROMPTS = [f"w{i} w{i + 1}" for i in range(10, 30)]

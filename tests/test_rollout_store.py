@@ -19,8 +19,9 @@ from torch.utils.data import ConcatDataset
 
 from hf_recontrol.errors import CollectError
 from hf_recontrol.head_hub import package_version
+from hf_recontrol.rollout_dataset import RolloutDataset
 from hf_recontrol.rollout_files import MANIFEST
-from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
+from hf_recontrol.rollout_store import RolloutStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

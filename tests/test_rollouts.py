@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_recontrol import enable_recontrol
 from hf_recontrol.errors import CollectError
 from hf_recontrol.rewards import Rewards
-from hf_recontrol.rollout_store import RolloutDataset
+from hf_recontrol.rollout_dataset import RolloutDataset
 from hf_recontrol.rollouts import collect_rollouts
 
 PROMPTS = ["w10 w11 w12", "w20", "w30 w31 w32 w33 w34", "w40 w41", "w50", "w60 w61 w62"]

@@ -16,8 +16,8 @@ import torch
 from test_interrupts import LOGITS, MODES, STEER, answered, insides, same
 from tiny import prompts, tiny_head, tiny_model
 
-from hf_recontrol import Controller, enable_recontrol, hooks
-from hf_recontrol.hooks import live_call
+from hf_recontrol import Controller, calls, enable_recontrol
+from hf_recontrol.calls import live_call
 
 pytestmark = pytest.mark.soak
 KEPT = 50  # exceptions with their tracebacks, as a notebook keeps them
@@ -71,7 +71,7 @@ def left_behind(model, generate, interrupts):
         error = interrupted(runs[mode], moments.uniform(1e-6, seconds[mode]))
         came += error is not None
         kept.append(error if moments.random() < 0.5 else None)
-        found["a live control"] += live_call() is not None or hooks._THREAD.live is not None
+        found["a live control"] += live_call() is not None or calls._THREAD.live is not None
         torch.set_grad_enabled(True)  # torch's own no_grad() may have been interrupted on its way out
         found["something on the model"] += insides(model) != before
         found["other text than before"] += not same(answered(model, mode), plain[mode])

@@ -12,8 +12,8 @@ from tiny import tiny_model
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser
 
-import hf_recontrol.fitting as fitting
 import hf_recontrol.training_args as args_module
+import hf_recontrol.value_fitting as value_fitting
 from hf_recontrol.calibration import calibrate, mean_kl, sample_states
 from hf_recontrol.checkpoints import newest_complete_checkpoint
 from hf_recontrol.control import Controller
@@ -22,7 +22,8 @@ from hf_recontrol.errors import HeadError, HeadMismatch, HeadUnavailable
 from hf_recontrol.fitting import fit_linear_head, pack_answers
 from hf_recontrol.head_config import ValueHeadConfig
 from hf_recontrol.objectives import lambda_returns
-from hf_recontrol.rollout_store import RolloutDataset, RolloutStore
+from hf_recontrol.rollout_dataset import RolloutDataset
+from hf_recontrol.rollout_store import RolloutStore
 from hf_recontrol.trainer import RecontrolTrainer
 from hf_recontrol.training_args import RecontrolTrainingArguments
 from hf_recontrol.value_head import ValueHead
@@ -109,7 +110,7 @@ def test_a_reward_on_the_first_token_would_be_noticed(tmp_path, rollouts, monkey
         targets[offsets[:-1]] = rewards
         return targets
 
-    monkeypatch.setattr(fitting, "lambda_returns", on_the_first_token)
+    monkeypatch.setattr(value_fitting, "lambda_returns", on_the_first_token)
     _, slope = against_the_true_v(fit(tmp_path, rollouts, td_lambda=0.0, **QUICK).model, rollouts)
     assert slope < 0.7
 

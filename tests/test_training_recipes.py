@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_recontrol.fitting import pack_answers, value_metrics
+from hf_recontrol.fitting import pack_answers
+from hf_recontrol.value_fitting import value_metrics
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 TINY = ["--seeds", "1", "--sizes", "20", "--held-out-prompts", "4", "--test-prompts", "3"]

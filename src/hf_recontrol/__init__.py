@@ -14,7 +14,7 @@ from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleD
 from .on_policy import train_control, train_value
 from .prompts import load_prompts
 from .registry import register_value_heads
-from .rollout_store import RolloutDataset
+from .rollout_dataset import RolloutDataset
 from .rollouts import collect_rollouts
 from .trace import Trace
 from .trainer import RecontrolTrainer

@@ -142,7 +142,7 @@ def tune(
     from .calibration import calibrate as calibrate_head
     from .calibration import sample_states
     from .head import Head
-    from .rollout_store import RolloutDataset
+    from .rollout_dataset import RolloutDataset
 
     if not calibrate:
         raise ValueError("There is nothing to do: pass --calibrate.")

@@ -24,7 +24,7 @@ from .ensemble import check_ensemble, fit_ensemble
 from .fitting import fit_linear_head
 from .head import Head
 from .head_config import ControlHeadConfig, ValueHeadConfig
-from .rollout_store import RolloutDataset
+from .rollout_dataset import RolloutDataset
 from .train_options import TrainOptions, help_text, parse
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .control_config import as_float
-from .fitting import ValueObjective, check_answers, set_scales
+from .fitting import check_answers, set_scales
 from .head import Head
 from .head_config import ValueHeadConfig
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments
+from .value_fitting import ValueObjective
 from .value_head import ValueHead
 
 AnyHead = TypeVar("AnyHead", bound=Head)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .calls import Call, run_live
 from .control import Controller
 from .errors import SteeringNotApplied
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol, unwrapped
-from .hooks import Call, HiddenStates, lm_head_owner, run_live
+from .hooks import lm_head_owner
 from .kl_bound import bounded
+from .recording import HiddenStates
 from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 
 

@@ -21,8 +21,8 @@ from .head import Head
 from .head_config import ControlHeadConfig, ValueHeadConfig
 from .keywords import check_base_model
 from .rewards import RewardFunc, Rewards
+from .rollout_dataset import RolloutDataset
 from .rollout_settings import generation_defaults
-from .rollout_store import RolloutDataset
 from .rollouts import collect_rollouts
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments

@@ -19,8 +19,9 @@ from .prompts import stop_strings_of
 from .replay import Replay, given_answers, rewards_or_given
 from .rewards import RewardFunc, Rewards
 from .rollout_blocks import Collector, evaluating, seeded
+from .rollout_dataset import RolloutDataset
 from .rollout_settings import as_columns, check_counts, fingerprint_of, is_conversational, more_generation, sampling_of
-from .rollout_store import RolloutDataset, RolloutStore
+from .rollout_store import RolloutStore
 
 
 def collect_rollouts(

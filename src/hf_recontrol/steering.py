@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
+from .calls import Call, live_call, run_live
 from .control import Controller
 from .errors import SteeringNotApplied
-from .hooks import Call, Recorder, install, live_call, lm_head, lm_head_owner, run_live
+from .hooks import install, lm_head, lm_head_owner
 from .keywords import RecontrolKeywords, Request, said_by
+from .recording import Recorder
 from .row_control import RowController
 from .start import Start
 from .trace import Trace, TraceRecorder

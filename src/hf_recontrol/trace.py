@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .control import Controller
 from .errors import SteeringNotApplied
-from .hooks import Recorder
 from .kl_bound import kl_divergence
+from .recording import Recorder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from .control_checks import check_control_inputs, check_lm_head, check_rewards_d
 from .control_fitting import ControlObjective
 from .control_head import ControlHead
 from .fitting import (
-    ValueObjective,
     check_answers,
     check_one_model,
     fit_linear_head,
@@ -31,6 +30,7 @@ from .keywords import check_base_model
 from .run_record import RunRecord, figures, settings
 from .sigterm import EXIT_STATUS, Termination
 from .training_args import RecontrolTrainingArguments
+from .value_fitting import ValueObjective
 from .value_head import ValueHead
 
 

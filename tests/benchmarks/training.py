@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_recontrol import RecontrolTrainer, RecontrolTrainingArguments, RolloutDataset
-from hf_recontrol.fitting import ValueObjective, batches, set_scales
+from hf_recontrol.fitting import batches, set_scales
 from hf_recontrol.rollout_store import RolloutStore
+from hf_recontrol.value_fitting import ValueObjective
 
 PRODUCTS, OBJECTIVE, TRAINER = "products alone", "objective and optimiser", "RecontrolTrainer"
 

@@ -14,7 +14,7 @@ from ..fitting import fit_linear_head
 from ..head import Head
 from ..head_config import ControlHeadConfig, ValueHeadConfig
 from ..on_policy import train_control
-from ..rollout_store import RolloutDataset
+from ..rollout_dataset import RolloutDataset
 from ..rollouts import collect_rollouts
 from ..trainer import RecontrolTrainer
 from ..training_args import RecontrolTrainingArguments
