@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from overoptimization import Shuffled, column
+from overoptimization import column
 
 from hf_recontrol import (
     ControlConfig,
@@ -29,12 +29,12 @@ from hf_recontrol import (
     sample_states,
     train_control,
 )
+from hf_recontrol.comparison_heads import ShuffledRewards, random_direction
 from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.comparison import sample_scored
 from hf_recontrol.demo.training import (
     collect,
     collecting,
-    random_direction,
     train_control_head,
     train_value_head,
     training_arguments,
@@ -85,7 +85,7 @@ def heads_of_run(demo: Demo, folder: Path, prompts: int, seed: int) -> dict[str,
             progress=False,
             **collecting(4),
         ),
-        "control of shuffled rewards": train_control_head(demo, Shuffled(train, seed), held_out, for_controls),
+        "control of shuffled rewards": train_control_head(demo, ShuffledRewards(train, seed), held_out, for_controls),
         "random direction": random_direction(rollouts.hidden_size, seed),
     }
     for head in heads.values():

@@ -15,34 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from hf_recontrol import ControlConfig, Controller, ValueHead, calibrate, fit_linear_head, sample_states
+from hf_recontrol.comparison_heads import ShuffledRewards, random_direction
 from hf_recontrol.control_config import step_size_for
 from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.comparison import sample_scored
-from hf_recontrol.demo.training import collect, random_direction, train_value_head, training_arguments
+from hf_recontrol.demo.training import collect, train_value_head, training_arguments
 from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, crossed_bootstrap, distinct_n, evaluate_answers
 from hf_recontrol.plots import overoptimization_figure
 
 KL_PER_TOKEN = (0.005, 0.0125, 0.03, 0.07, 0.15, 0.3, 0.5)  # of 40 tokens: 0.2 to 20 nats an answer
 CALIBRATED_TO = 0.4
 SINGLE = ("strength 0.1, any n", "strength 0.2, any n", "MLP head, huge α held at max_kl 0.4")
-
-
-class Shuffled(Dataset):
-    """Rollouts whose rewards have changed places: there is nothing to learn from them."""
-
-    def __init__(self, rollouts: Any, seed: int):
-        self.rollouts, self.hidden_size, self.row = rollouts, rollouts.hidden_size, rollouts.row
-        order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed))
-        self.rewards = rollouts.rewards[order]
-
-    def __len__(self) -> int:
-        return len(self.rollouts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rollouts[index], "reward": self.rewards[index]}
 
 
 def heads_of_run(demo: Demo, folder: Path, prompts: int, seed: int) -> dict[str, ValueHead]:
@@ -53,7 +38,7 @@ def heads_of_run(demo: Demo, folder: Path, prompts: int, seed: int) -> dict[str,
     heads = {
         "MLP head": train_value_head(demo, train, held_out, arguments),
         "linear head": fit_linear_head(train),
-        "shuffled-reward head": train_value_head(demo, Shuffled(train, seed), held_out, arguments),
+        "shuffled-reward head": train_value_head(demo, ShuffledRewards(train, seed), held_out, arguments),
         "random direction": random_direction(rollouts.hidden_size, seed),
     }
     for name in ("linear head", "random direction"):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from learned_control import figures, kept, summary
 from matplotlib.figure import Figure
-from overoptimization import Shuffled, column
+from overoptimization import column
 from torch.utils.data import Subset
 
 from hf_recontrol import (
@@ -32,12 +32,12 @@ from hf_recontrol import (
     sample_states,
     train_value,
 )
+from hf_recontrol.comparison_heads import ShuffledRewards, random_direction
 from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.comparison import sample
 from hf_recontrol.demo.training import (
     collect,
     collecting,
-    random_direction,
     train_value_head,
     training_arguments,
 )
@@ -109,7 +109,7 @@ class Run:
         for value in LAMBDAS:
             yield self.kept(f"λ = {value:g}", lambda value=value: self.fit(usual, td_lambda=value))
         yield self.kept(PAPER, lambda: self.fit(fewest, "paper"))
-        yield self.kept("shuffled rewards", lambda: self.fit(Shuffled(usual, self.seed)))
+        yield self.kept("shuffled rewards", lambda: self.fit(ShuffledRewards(usual, self.seed)))
         yield self.kept("random direction", lambda: random_direction(self.rollouts.hidden_size, self.seed))
         yield from self.improved(first, size)
         members = [first, *(self.kept(f"member {i}", lambda i=i: self.fit(usual, member=i))[1] for i in (1, 2))]

@@ -9,6 +9,7 @@ from .ensemble import fit_ensemble
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 from .fitting import fit_linear_head
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol
+from .guided_decoding import ARGSLogitsProcessor, PrefixScorerLogitsProcessor
 from .head import Head
 from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
 from .on_policy import train_control, train_value
@@ -24,6 +25,7 @@ from .value_head import ValueHead
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARGSLogitsProcessor",
     "CollectError",
     "ControlConfig",
     "ControlDefaults",
@@ -34,6 +36,7 @@ __all__ = [
     "HeadError",
     "HeadMismatch",
     "HeadUnavailable",
+    "PrefixScorerLogitsProcessor",
     "RecontrolGenerationMixin",
     "RecontrolTrainer",
     "RecontrolTrainingArguments",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .answers import evaluating
 from .control import Controller
 from .control_config import BELT, ControlConfig
 from .forwards import logits_at_once, logits_of
@@ -15,7 +16,6 @@ from .head import Head
 from .head_config import ControlDefaults
 from .keywords import check_base_model
 from .kl_bound import kl_divergence
-from .rollout_blocks import evaluating
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # On the demo 0.1 gains +1.0 sd by the judge for a perplexity of 1.2 × base, 0.2 +1.4 for 1.4 ×, and above 0.3 it is

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .answers import evaluating
 from .config_checks import shown
 from .control import Controller
 from .errors import HeadMismatch
@@ -15,7 +16,6 @@ from .forwards import logits_of
 from .hooks import lm_head
 from .kl_bound import kl_divergence
 from .replay import OWN_SOFTMAX
-from .rollout_blocks import evaluating
 from .value_head import ValueHead
 
 CHECKED_ANSWERS = 4

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .answers import evaluating
 from .control import Controller
 from .control_checks import check_control_inputs, check_lm_head, check_rewards_differ
 from .control_config import as_float
@@ -22,7 +23,6 @@ from .forwards import logits_at_once, logits_of, steered_logits
 from .head_config import ControlHeadConfig
 from .kl_bound import kl_of_logs, log_softmax
 from .objectives import clipped_gain, lambda_returns
-from .rollout_blocks import evaluating
 from .value_head import ValueHead
 
 

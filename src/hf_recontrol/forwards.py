@@ -21,7 +21,7 @@ from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 
 
 @contextmanager
-def _enabled(model: PreTrainedModel) -> Iterator[None]:
+def enabled(model: PreTrainedModel) -> Iterator[None]:
     """The model enabled for the time, and left as it was found."""
     was_enabled = isinstance(unwrapped(model), RecontrolGenerationMixin)
     enable_recontrol(model)
@@ -59,7 +59,7 @@ def generate_with_hidden_states(
                 f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
             )
     recorder = HiddenStates(max_new_tokens)
-    with _enabled(model):
+    with enabled(model):
         stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
         sequences = steered_generate(
             stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder, controller
@@ -94,7 +94,7 @@ def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwa
             f"max_kl is {controller.max_kl}, which needs the logits of plain and edited rows: labels and "
             "return_dict=False cannot be had with it. Compute the loss from the logits that are returned."
         )
-    with _enabled(model):
+    with enabled(model):
         return run_live(call_for(model, controller), model, **kwargs)
 
 
@@ -122,7 +122,7 @@ def hidden_states_of(model: PreTrainedModel, **kwargs: Any) -> Tensor:
 
     if "use_cache" in inspect.signature(model.forward).parameters:
         kwargs["use_cache"] = False
-    with torch.no_grad(), _enabled(model):
+    with torch.no_grad(), enabled(model):
         run_live(Call(keep, owner=lm_head_owner(model)), model, **kwargs)
     (hidden_states,) = seen
     if hidden_states.shape[:-1] != kwargs["input_ids"].shape:
@@ -132,6 +132,38 @@ def hidden_states_of(model: PreTrainedModel, **kwargs: Any) -> Tensor:
             "replayed; generate its answers instead."
         )
     return hidden_states
+
+
+def last_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, cache: Any = None, use_cache: bool = False
+) -> tuple[Tensor, Any]:
+    """The LM head's input at the last position of one forward, before any edit.
+
+    Plain also inside a steered generate() of the same model, which goes on undisturbed.
+
+    Args:
+        model: a decoder-only transformers model, enabled or not.
+        input_ids: int64 (rows, tokens): those that the cache does not hold.
+        attention_mask: int64 (rows, tokens and those of the cache); padding on the left.
+        cache: of an earlier forward; changed in place.
+        use_cache: whether to make one.
+
+    Returns:
+        (rows, hidden_size) in the model's dtype; and the cache, None where there is none.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in accepted:  # a forward does not count them from the mask, as generate() does
+        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    inputs |= {name: value for name, value in {"use_cache": use_cache, "logits_to_keep": 1}.items() if name in accepted}
+    cache_name = "cache" if "cache" in accepted else "past_key_values"  # before transformers 5.24
+    if cache is not None:
+        inputs[cache_name] = cache
+    recorder = HiddenStates(1)
+    with torch.no_grad(), enabled(model):
+        outputs = run_live(Call(recorder=recorder, owner=lm_head_owner(model)), model, **inputs)
+    assert recorder.buffer is not None  # run_live raises where the LM head was passed by
+    return recorder.buffer[0], getattr(outputs, cache_name, None)
 
 
 def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
@@ -157,7 +189,7 @@ def logits_of(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     )
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
-    with _enabled(model):
+    with enabled(model):
         outputs = run_live(Call(instead, owner=lm_head_owner(model)), model, **inputs)
     logits: Tensor = outputs.logits
     return logits.reshape(len(hidden_states), -1)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .answers import evaluating
 from .config_checks import shown
 from .errors import CollectError, SteeringNotApplied
 from .forwards import generate_with_hidden_states, hidden_states_of
 from .rewards import RewardFunc, Rewards, Text
-from .rollout_blocks import GREEDY, Answer, Collector, evaluating
+from .rollout_blocks import GREEDY, Answer, Collector
 
 COLUMNS = ("completion", "completion_ids", "token_ids", "prompt_token_ids", "finish_reason")
 OWN_SOFTMAX = "own softmax"

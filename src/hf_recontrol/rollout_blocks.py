@@ -3,15 +3,13 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .answers import end_of_answer, eos_token_ids, left_padded, padding_token_id, prompt_token_ids
 from .config_checks import shown
 from .control import Controller
 from .errors import CollectError
@@ -118,7 +117,7 @@ class Collector:
         return hidden_states.cpu(), offsets, rewards, torch.tensor(token_ids, dtype=torch.int64), rows
 
     def _prompt_token_ids(self, prompt_id: int) -> list[int]:
-        return self._token_ids(self.prompts[prompt_id])
+        return prompt_token_ids(self.tokenizer, self.prompts[prompt_id])
 
     def _answer_to(self, prompt_id: int) -> tuple[int, str]:
         """How many tokens the answer to a prompt has, at most, and what is known of it before the block is made."""
@@ -178,12 +177,9 @@ class Collector:
     def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor, list[int | None]]:
         """The new tokens of each row, the states that predicted them, and how many there were at a stop string."""
         device, eos = self.model.device, self._eos_token_ids()
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else eos[0] if eos else 0
-        rows = [torch.tensor(row) for row in prompts]
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        stopping = _StopStrings(self.stop_strings, self.tokenizer, len(rows), input_ids.shape[1])
+        pad = padding_token_id(self.tokenizer, eos)
+        input_ids, attention_mask = left_padded(prompts, pad)
+        stopping = _StopStrings(self.stop_strings, self.tokenizer, len(prompts), input_ids.shape[1])
         sequences, hidden_states = generate_with_hidden_states(
             self.model,
             input_ids=input_ids.to(device),
@@ -198,24 +194,8 @@ class Collector:
         generated: list[list[int]] = sequences[:, input_ids.shape[1] :].tolist()
         return generated, hidden_states, stopping.lengths
 
-    def _token_ids(self, prompt: Text) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        begun = prompt[-1]["role"] == "assistant"  # then the answer goes on where the prompt ends
-        text = self.tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote them
-
     def _eos_token_ids(self) -> list[int]:
-        for found in (
-            self.generation.get("eos_token_id"),
-            self.model.generation_config.eos_token_id,
-            self.tokenizer.eos_token_id,
-        ):
-            if found is not None:
-                return [found] if isinstance(found, int) else list(found)
-        return []
+        return eos_token_ids(self.model, self.tokenizer, self.generation)
 
 
 class _Samplable(LogitsProcessor):
@@ -240,42 +220,3 @@ class _StopStrings(StoppingCriteria):
                 if any(stop in text for stop in self.stop_strings):
                     self.lengths[row] = len(ids)
         return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
-
-
-def end_of_answer(token_ids: list[int], eos: Sequence[int], stopped: int | None = None) -> tuple[int, str]:
-    """How many of the generated tokens are the answer's, EOS and stop string included, and what ended it.
-
-    Found by the first EOS, not by the padding: the two may be one token.
-    """
-    end = next((length for length, token in enumerate(token_ids, 1) if token in eos), None)
-    if stopped is not None and (end is None or stopped < end):
-        return stopped, "stop"
-    if end is None:
-        return len(token_ids), "length"
-    return end, "empty" if end == 1 else "eos"
-
-
-@contextmanager
-def seeded(device_type: str, seed: int) -> Iterator[None]:
-    """Seed torch for the time; afterwards its random state is what it was."""
-    if device_type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-            yield
-    else:
-        devices = range(torch.get_device_module(device_type).device_count())
-        with torch.random.fork_rng(devices=devices, device_type=device_type):
-            torch.manual_seed(seed)
-            yield
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout for the time; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .answers import evaluating, seeded
 from .control import Controller
 from .finite_states import check_share, left_out, without_bad_states
 from .preemption import Preemption
@@ -18,7 +19,7 @@ from .processes import Processes, check_own
 from .prompts import stop_strings_of
 from .replay import Replay, given_answers, rewards_or_given
 from .rewards import RewardFunc, Rewards
-from .rollout_blocks import Collector, evaluating, seeded
+from .rollout_blocks import Collector
 from .rollout_dataset import RolloutDataset
 from .rollout_settings import as_columns, check_counts, fingerprint_of, is_conversational, more_generation, sampling_of
 from .rollout_store import RolloutStore

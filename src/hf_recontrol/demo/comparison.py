@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..answers import end_of_answer, seeded
 from ..control import Controller
 from ..control_config import ControlConfig
 from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
 from ..head import Head
-from ..rollout_blocks import end_of_answer, seeded
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..calibration import calibrate, sample_states
+from ..comparison_heads import random_direction
 from ..control_fitting import fit_constant_control
 from ..control_head import ControlHead
 from ..fitting import fit_linear_head
@@ -79,19 +80,6 @@ def train_control_head(demo: Demo, train: Any, held_out: Any, args: RecontrolTra
     torch.manual_seed(args.seed)
     head = ControlHead(ControlHeadConfig(hidden_size=train.hidden_size))
     RecontrolTrainer(head, args, train_dataset=train, eval_dataset=held_out, base_model=demo.model).train()
-    return head.eval()
-
-
-def random_direction(hidden_size: int, seed: int = 0) -> ValueHead:
-    """The placebo: a linear head whose one direction is random."""
-    head = ValueHead(ValueHeadConfig(hidden_size=hidden_size, num_hidden_layers=0))
-    head.config.control.num_steps = 1
-    direction = torch.randn(hidden_size, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        weight, bias = head.layers[0].parameters()
-        weight.copy_(direction / direction.norm())
-        bias.zero_()
-    head.config.info["training"] = {"recipe": "none: a random direction, for comparison", "seed": seed}
     return head.eval()
 
 
