@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from .answers import left_padded, padding_token_id
 from .control_config import ControlConfig
-from .evaluation import best_of_n
+from .evaluation import best_of_n, best_of_n_kl_bound
 from .forwards import last_hidden_states
 from .guided_decoding import ARGSLogitsProcessor, PrefixScorerLogitsProcessor
 from .head import Head
 from .rewards import Rewards, Text
+from .rollout_settings import model_facts
 from .sampling import Batch, Row, Sampler
 from .value_head import ValueHead
 
@@ -42,6 +43,25 @@ class Method(ABC):
     @abstractmethod
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         """n answers to each prompt. See Sampler."""
+
+    def kl_bound(self, tokens: int) -> float | None:
+        """What the KL of an answer of so many tokens is at most, in nats, where it cannot be measured; else None."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the answers, as plain JSON."""
+        found: dict[str, Any] = {"class": type(self).__name__, "name": self.name}
+        for name, value in vars(self).items():
+            if isinstance(value, Head):
+                value = value.digest()
+            elif isinstance(value, PreTrainedModel):
+                value = model_facts(value)
+            elif isinstance(value, Rewards | Method):
+                value = value.facts()
+            elif isinstance(value, ControlConfig):
+                value = asdict(value)
+            found[name] = value
+        return found
 
 
 @dataclass
@@ -145,9 +165,12 @@ class BestOfN(Method):
     def forwards_per_token(self) -> float:  # type: ignore[override]
         return self.size
 
+    def kl_bound(self, tokens: int) -> float:
+        return best_of_n_kl_bound(self.size)
+
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         answers = sampler(prompts, num_return_sequences=n * self.size)
-        rewards = _rewards_of(self.rewards, answers)
+        rewards = rewards_of_answers(self.rewards, answers)
         chosen: Answers = [[] for _ in prompts]
         for start in range(0, n * self.size, self.size):
             best = best_of_n([row[start:] for row in rewards], self.size)
@@ -173,6 +196,9 @@ class Blockwise(Method):
     @property
     def forwards_per_token(self) -> float:  # type: ignore[override]
         return self.size
+
+    def kl_bound(self, tokens: int) -> float:
+        return math.ceil(tokens / self.block) * best_of_n_kl_bound(self.size)
 
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         answers: Answers = [[] for _ in prompts]
@@ -228,8 +254,12 @@ class Prompted(Method):
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         return self.method.answer(replace(sampler, instruction=self.instruction), prompts, n)
 
+    def kl_bound(self, tokens: int) -> float | None:
+        bound = self.method.kl_bound(tokens)
+        return None if bound is None else math.inf  # of the answers that the instructed model would have given
 
-def _rewards_of(rewards: Rewards, answers: Answers) -> list[list[float | None]]:
+
+def rewards_of_answers(rewards: Rewards, answers: Answers) -> list[list[float | None]]:
     """The weighted sum, for each answer to each prompt."""
     flat = [row for rows in answers for row in rows]
     prompts, completions, token_ids = ([row[name] for row in flat] for name in ("prompt", "completion", "token_ids"))

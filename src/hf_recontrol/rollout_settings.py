@@ -101,11 +101,11 @@ def fingerprint_of(collector: Collector, prompt_token_ids_sha256: str, answered:
     prompts = (_as_json(text, collector.columns, i) for i, text in enumerate(texts))
     defaults = generation_defaults(collector.model)
     found = {
-        **_model_facts(collector.model),
+        **model_facts(collector.model),
         "prompts": len(texts),
         "prompts_sha256": sha256_of(prompts),
         "prompt_token_ids_sha256": prompt_token_ids_sha256,
-        "tokenizer_sha256": sha256_of(_tokenizer_facts(collector.tokenizer)),
+        "tokenizer_sha256": sha256_of(tokenizer_facts(collector.tokenizer)),
         "generation": {**generation, "stop_strings": collector.stop_strings, "model_defaults": defaults},
         "num_return_sequences": collector.num_return_sequences,
         "drop_truncated": collector.drop_truncated,
@@ -119,7 +119,8 @@ def fingerprint_of(collector: Collector, prompt_token_ids_sha256: str, answered:
     return found
 
 
-def _model_facts(model: PreTrainedModel) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Which model, and with what weights."""
     text_config = model.config.get_text_config()
     return {
         "base_model_name_or_path": model_name(model),
@@ -140,7 +141,7 @@ def _config_json(model: PreTrainedModel) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """What the answers' texts and ends depend on."""
     yield f"eos {tokenizer.eos_token_id}"
     for token, i in sorted(tokenizer.get_vocab().items()):

@@ -1,0 +1,108 @@
+"""Chooses a method's strength on validation prompts: for all methods with the same effort, by the KL of its answers."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .baselines import Method, Steered
+from .control_config import ControlConfig
+from .head import Head
+from .rewards import Text
+from .sampling import Sampler
+
+Family = Callable[[float], Method]
+"""From a multiplier > 0 to the method that steers so hard: a step size, a scale, a weight."""
+
+
+def steered_by(head: Head, name: str, config: ControlConfig | None = None) -> Family:
+    """The methods of a head whose step size, or scale, is the multiplier.
+
+    Args:
+        head: a value or a control head.
+        name: of the row.
+        config: other options of the control.
+    """
+    multiplier = head.config.control.multiplier
+    return lambda value: Steered(name, head, replace(config or ControlConfig(), **{multiplier: value}))
+
+
+def match_kl(
+    family: Family,
+    kl_of: Callable[[Method], float],
+    targets: Sequence[float],
+    *,
+    start: float = 1.0,
+    tolerance: float = 0.05,
+    trials: int = 8,
+) -> list[tuple[float, float]]:
+    """The multipliers at which a method's answers are so far from the base model's.
+
+    By secants in log multiplier and log KL, from the weakest target to the strongest. Every method gets the same
+    number of trials; the nearest one is taken, however near it came, and what it spends is returned beside it.
+
+    Args:
+        family: from a multiplier to the method.
+        kl_of: measures KL(p ‖ p_base) in nats per answer; see kl_per_answer.
+        targets: nats per answer, > 0.
+        start: the first multiplier that is tried.
+        tolerance: as a share of a target; a trial so near ends the search.
+        trials: of each target, ≥ 1.
+
+    Returns:
+        (multiplier, KL per answer) for each target, in the order given.
+
+    Raises:
+        ValueError: targets or settings out of bounds, or a method that spends nothing or what is not finite.
+    """
+    if not targets or not all(0 < target < math.inf for target in targets) or trials < 1 or not 0 < start < math.inf:
+        raise ValueError(
+            f"targets are {list(targets)}, trials {trials} and start {start}; expected are nats per answer > 0, one "
+            "trial or more, and a finite number > 0."
+        )
+    found: dict[float, tuple[float, float]] = {}
+    tried: list[tuple[float, float]] = []
+    multiplier = start
+    for target in sorted(set(targets)):
+        nearest = [point for point in tried if abs(point[1] / target - 1) < tolerance]
+        for _ in range(0 if nearest else trials):
+            multiplier = _next(tried, target, multiplier)
+            kl = kl_of(family(multiplier))
+            if not 0 < kl < math.inf:
+                raise ValueError(
+                    f"{family(multiplier).name} spends {kl} nats per answer at {multiplier:.3g}; expected is a finite "
+                    "number > 0. Is its head trained, its reward not the same for all candidates?"
+                )
+            tried.append((multiplier, kl))
+            if abs(kl / target - 1) < tolerance:
+                break
+        found[target] = min(tried, key=lambda point: abs(math.log(point[1] / target)))
+        multiplier = found[target][0]
+    return [found[target] for target in targets]
+
+
+def kl_per_answer(sampler: Sampler, prompts: Sequence[Text], measure: Callable[..., None]) -> Callable[[Method], float]:
+    """Measures a method by its answers to these prompts, one to each, always from the same seeds.
+
+    Args:
+        measure: puts "kl" into the rows of answers; see Comparison.
+    """
+
+    def measured(method: Method) -> float:
+        answers = method.answer(sampler, prompts)
+        measure(method, answers)
+        spent = [row["kl"] for rows in answers for row in rows]
+        return math.nan if None in spent else math.fsum(spent) / len(spent)
+
+    return measured
+
+
+def _next(tried: list[tuple[float, float]], target: float, multiplier: float) -> float:
+    """KL grows with the square of a small multiplier; a secant of the two nearest points knows better."""
+    if not tried:
+        return multiplier
+    near = sorted(tried, key=lambda point: abs(math.log(point[1] / target)))[:2]
+    (x, y) = near[0]
+    slope = 2.0
+    if len(near) == 2 and near[1][0] != x:
+        slope = min(max(math.log(near[1][1] / y) / math.log(near[1][0] / x), 0.5), 4.0)
+    return x * (target / y) ** (1 / slope)
