@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .figure_rows import Row, drawable, interval, label, name_and_setting, number, placebos, sample_size
+from .figure_rows import Row, drawable, interval, label, name_and_setting, number, sample_size
 from .figure_style import FAINT, LINES, PLACEBO, SMALL, WIDTH, looks, new_figure, plain_numbers, shared_legend
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _bar(axis: Any, place: int, row: Row, by: str) -> None:
     axis.barh(place, mean - base, left=base, height=0.7, color=PLACEBO if row.get("placebo") else LINES[4])
     if ends is not None:
         axis.hlines(place, *ends, color="black", linewidth=1.5)
-    text = f"{mean:.2f}" if by == "win_rate" else f"{mean:+.2f}"
+    text = f"{mean:.2f}" if by == "win_rate" else f"{mean:+.2f}".replace("-", "−")
     right = (max(mean, base, *(ends or ())), place)
     axis.annotate(text, right, (5, 0), textcoords="offset points", verticalalignment="center", fontsize=SMALL)
 
@@ -114,22 +114,24 @@ def win_rate_figure(rows: Sequence[Row]) -> "Figure":
     Args:
         rows: with "seconds_per_token" and "win_rate": {"mean", "low", "high", "n"}, 0 to 1.
     """
-    marks = looks((row["method"] for row in rows), placebos(rows))
-    rows = sorted(drawable(rows, "seconds_per_token", "win_rate"), key=lambda row: number(row, "win_rate"))
+    known = drawable(rows, "seconds_per_token", "win_rate")
+    marks = {name: {**look, "linestyle": "none", "markersize": 5} for name, look in looks(rows).items()}
+    rows = sorted(known, key=lambda row: number(row, "win_rate"))
     figure = new_figure(WIDTH, max(4.5, 1.2 + 0.22 * len(rows)))
     axis = figure.subplots()
     for row in rows:
-        _draw(axis, [row], "seconds_per_token", "win_rate", {**marks[row["method"]], "linestyle": "none"})
+        _draw(axis, [row], "seconds_per_token", "win_rate", marks[row["method"]])
     axis.axhline(0.5, color="black", linestyle="--", linewidth=0.8, zorder=0)
     axis.set(xscale="log", xlabel=label("seconds_per_token"), ylabel=label("win_rate") + sample_size(rows, "win_rate"))
     plain_numbers(axis.xaxis)
     low, high = axis.get_ylim()
     heights = _spread([(number(row, "win_rate") - low) / (high - low) for row in rows])
-    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0}
+    line = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 18}
     for row, height in zip(rows, heights, strict=True):
+        axis.plot(1.05, height, transform=axis.transAxes, clip_on=False, **marks[row["method"]])
         point, text = (number(row, "seconds_per_token"), number(row, "win_rate")), name_and_setting(row)
         look = {"fontsize": SMALL, "verticalalignment": "center", "arrowprops": line, "zorder": 1}
-        axis.annotate(text, point, (1.06, height), textcoords="axes fraction", parse_math=False, **look)
+        axis.annotate(text, point, (1.08, height), textcoords="axes fraction", parse_math=False, **look)
     return figure
 
 
@@ -153,8 +155,8 @@ def _present(rows: Sequence[Row], x: str, names: tuple[str, ...]) -> tuple[str, 
 
 def _panels(rows: Sequence[Row], x: str, names: Sequence[str], *, height: float) -> "Figure":
     """A panel for each name, one below the other, with a line for each method and one legend."""
-    marks = looks((row["method"] for row in rows), placebos(rows))
     drawn = {name: drawable(rows, x, name) for name in names}
+    marks = looks(rows)
     figure = new_figure(WIDTH, height)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, known) in zip(panels, drawn.items(), strict=True):
@@ -173,11 +175,14 @@ def _draw(axis: Any, rows: list[Row], x: str, y: str, look: Mapping[str, Any], n
         if (ends := interval(row, y)) is not None:
             axis.vlines(number(row, x), *ends, color=look["color"], linewidth=1, alpha=0.6)
     bounds = [row for row in rows if x == "kl_per_answer" and row.get("kl_is_bound")]
-    for part, hollow in (([row for row in rows if row not in bounds], {}), (bounds, {"markerfacecolor": "white"})):
+    for part, hollow in (
+        ([row for row in rows if row not in bounds], {}),
+        (bounds, {"markerfacecolor": "white", "zorder": 3}),
+    ):
         if part:
             places = [[number(row, column) for row in part] for column in (x, y)]
-            style = {**look, **hollow, **({"linestyle": "none"} if hollow else {})}
-            axis.plot(*places, **style, markersize=5, label=name and name + " (KL: at most)" * bool(hollow))
+            style = {"markersize": 5, **look, **hollow, **({"linestyle": "none"} if hollow else {})}
+            axis.plot(*places, **style, label=name and name + " (KL: at most)" * bool(hollow))
     arrow = {"arrowstyle": "<-", "color": look["color"], "shrinkB": 3}
     for row in bounds:
         point = (number(row, x), number(row, y))

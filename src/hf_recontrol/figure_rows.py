@@ -51,11 +51,6 @@ def drawable(rows: Sequence[Row], *columns: str) -> list[Row]:
     return found
 
 
-def placebos(rows: Sequence[Row]) -> set[str]:
-    """The methods that can do nothing but by chance."""
-    return {row["method"] for row in rows if row.get("placebo")}
-
-
 def label(column: str) -> str:
     """What an axis says of a column, with the unit."""
     return LABELS.get(column, f"{column.replace('_', ' ')} gain\n(sd of base answers)")

@@ -1,6 +1,6 @@
 """How every figure looks: its size, its colours and marks, its numbers and its legend."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,12 @@ def new_figure(width: float, height: float) -> "Figure":
     return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def looks(methods: Iterable[str], placebos: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+def looks(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Each method's colour, marker and line style, in order of first appearance; placebos are grey and dashed."""
-    placebos, marks = set(placebos), {}
+    marks: dict[str, dict[str, Any]] = {}
     colours, markers, grey_markers = cycle(LINES), cycle(MARKERS), cycle(MARKERS)
-    for method in dict.fromkeys(methods):
+    placebos = {row["method"] for row in rows if row.get("placebo")}
+    for method in dict.fromkeys(row["method"] for row in rows):
         if method in placebos:
             marks[method] = {"color": PLACEBO, "marker": next(grey_markers), "linestyle": "--"}
         else:
@@ -55,7 +56,7 @@ def shared_legend(figure: "Figure") -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    columns = 3 if max(map(len, found)) <= 34 else 2  # that many letters fit into a third of WIDTH
+    columns = max(1, int(WIDTH * 100 / (45 + 6.5 * max(map(len, found)))))  # in pixels: a letter is 6.5, a mark 45
     figure.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL
     )

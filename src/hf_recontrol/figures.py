@@ -78,7 +78,7 @@ def overoptimization_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             "perplexity_ratio": perplexity / the base model's, "distinct_3": 0 to 1}. Else a ValueError.
     """
     _check(rows)
-    marks = looks(row["method"] for row in rows)
+    marks = looks(rows)
     figure = new_figure(10, 8)
     axes = list(figure.subplots(2, 2).flat)
     for axis, (name, label) in zip(axes, PANELS.items(), strict=True):

@@ -53,7 +53,7 @@ def value_landscape(
 
     Raises:
         HeadMismatch: the hidden state is of another width.
-        ValueError: the hidden state is not one row, nothing is steered, or the grid has no points.
+        ValueError: the hidden state is not one row or not finite, nothing is steered, or the grid has no points.
     """
     _check(hidden_state, extent, resolution)
     controller = Controller(head, config)
@@ -63,8 +63,8 @@ def value_landscape(
     norm = path[-1].norm()
     if not 0 < float(norm) < torch.inf:
         raise ValueError(
-            f"‖u‖ is {float(norm)} at this hidden state, but a landscape is drawn along u. Pass a finite hidden state, "
-            "and a config= whose step_size and num_steps are above 0."
+            f"‖u‖ is {float(norm)} at this hidden state, but a landscape is drawn along u. Pass a config= whose "
+            "step_size and num_steps are above 0, and not too large; or another hidden state."
         )
     along = path[-1] / norm
     directions = torch.stack([along, _at_right_angles(along, seed)])
@@ -97,6 +97,8 @@ def _check(hidden_state: Tensor, extent: float, resolution: int) -> None:
             f"The hidden state has shape {tuple(hidden_state.shape)}, but a landscape is of one, (hidden_size,). Pass "
             "hidden_states[row, token]."
         )
+    if not bool(hidden_state.isfinite().all()):  # such a state is never edited
+        raise ValueError("The hidden state is not finite, so it is not steered. Pass one whose numbers all are.")
     if not 0 < extent < torch.inf or resolution < 2:
         raise ValueError(
             f"extent is {extent} and resolution {resolution}, but the grid needs a finite extent > 0, in units of ‖u‖, "
