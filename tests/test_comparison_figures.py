@@ -95,7 +95,7 @@ def test_figures_leave_pyplot_alone_and_fit_their_canvas(make, rows, monkeypatch
 
 @pytest.mark.parametrize("make", FIGURES)
 def test_a_figure_of_no_rows_is_refused(make):
-    with pytest.raises(ValueError, match="Got no rows, but a figure needs one[.] Pass one for each"):
+    with pytest.raises(ValueError, match=r"Got no rows, but a figure needs one\. Pass one for each"):
         make([])
 
 
@@ -180,11 +180,11 @@ def test_by_chooses_the_judge(rows):
     assert axis.get_xlabel().startswith("second judge gain (sd")
 
 
-def test_bars_of_win_rates_start_at_the_base_models_half(rows):
+def test_bars_of_win_rates_start_at_a_draw(rows):
     (axis,) = comparison_figure(rows, by="win_rate").axes
     assert bars(axis)["value head (4 nats)"] == (0.5, 0.625)
     assert "0.62" in [text.get_text() for text in axis.texts]
-    assert axis.get_xlabel().startswith("win rate against the base model (0 to 1), n = 400")
+    assert axis.get_xlabel().startswith("win rate (0 to 1), n = 400")
 
 
 def test_a_method_at_two_settings_has_no_one_bar(rows):
@@ -328,7 +328,7 @@ def test_win_rates_are_points_with_intervals_and_names(rows):
     assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] == [0.5]
     assert axis.get_xscale() == "log"
     assert axis.get_xlabel() == "seconds per token"
-    assert axis.get_ylabel() == "win rate against the base model (0 to 1), n = 400"
+    assert axis.get_ylabel() == "win rate (0 to 1), n = 400"
 
 
 def test_beside_each_name_stands_the_mark_of_its_point(rows):

@@ -16,6 +16,8 @@ from .figure_style import FAINT, LINES, PLACEBO, SMALL, WIDTH, looks, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+HOLLOW = {"markerfacecolor": "white", "linestyle": "none", "zorder": 3}  # above the lines, which would cross it
+
 
 def comparison_figure(rows: Sequence[Row], by: str = "judge") -> "Figure":
     """Each method's gain as a bar, the highest on top, with its interval, its number beside it, and placebos in grey.
@@ -23,7 +25,7 @@ def comparison_figure(rows: Sequence[Row], by: str = "judge") -> "Figure":
     Args:
         rows: one for each method, at the setting of your choice.
         by: the column of the gain: "judge", "reward", "second_judge" or the like; or "win_rate", whose bars start at
-            the 0.5 of the base model.
+            0.5, a draw.
     """
     rows = sorted(drawable(rows, by), key=lambda row: number(row, by))
     methods = [row["method"] for row in rows]
@@ -80,7 +82,7 @@ def sweep_figure(rows: Sequence[Row]) -> "Figure":
 
     Args:
         rows: with "step_size" (α, in units of the hidden state per unit of ∇V) and "num_steps" (n), and any of
-            "diversity_20", "coherence", both 0 to 1, and "reward". Several methods get lines of their own.
+            "diversity_20", "coherence" (a cosine) and "reward". Several methods get lines of their own.
     """
     rows = sorted(drawable(rows, "step_size", "num_steps"), key=lambda row: number(row, "num_steps"))
     several = len({row["method"] for row in rows}) > 1
@@ -118,7 +120,7 @@ def win_rate_figure(rows: Sequence[Row]) -> "Figure":
     marks = {name: {**look, "linestyle": "none", "markersize": 5} for name, look in looks(rows).items()}
     rows = sorted(known, key=lambda row: number(row, "win_rate"))
     figure = new_figure(WIDTH, max(4.5, 1.2 + 0.22 * len(rows)))
-    axis = figure.subplots()
+    axis: Any = figure.subplots()
     for row in rows:
         _draw(axis, [row], "seconds_per_token", "win_rate", marks[row["method"]])
     axis.axhline(0.5, color="black", linestyle="--", linewidth=0.8, zorder=0)
@@ -174,16 +176,19 @@ def _draw(axis: Any, rows: list[Row], x: str, y: str, look: Mapping[str, Any], n
     for row in rows:
         if (ends := interval(row, y)) is not None:
             axis.vlines(number(row, x), *ends, color=look["color"], linewidth=1, alpha=0.6)
-    bounds = [row for row in rows if x == "kl_per_answer" and row.get("kl_is_bound")]
-    for part, hollow in (
-        ([row for row in rows if row not in bounds], {}),
-        (bounds, {"markerfacecolor": "white", "zorder": 3}),
-    ):
-        if part:
-            places = [[number(row, column) for row in part] for column in (x, y)]
-            style = {"markersize": 5, **look, **hollow, **({"linestyle": "none"} if hollow else {})}
-            axis.plot(*places, **style, label=name and name + " (KL: at most)" * bool(hollow))
-    arrow = {"arrowstyle": "<-", "color": look["color"], "shrinkB": 3}
+    bounds = [row for row in rows if _is_bound(row, x)]
+    _plot(axis, [row for row in rows if not _is_bound(row, x)], x, y, look, name)
+    _plot(axis, bounds, x, y, {**look, **HOLLOW}, name and f"{name} (KL: at most)")
     for row in bounds:
-        point = (number(row, x), number(row, y))
+        point, arrow = (number(row, x), number(row, y)), {"arrowstyle": "<-", "color": look["color"], "shrinkB": 3}
         axis.annotate("", point, (-16, 0), textcoords="offset points", arrowprops=arrow, annotation_clip=False)
+
+
+def _is_bound(row: Row, x: str) -> bool:
+    return x == "kl_per_answer" and bool(row.get("kl_is_bound"))
+
+
+def _plot(axis: Any, rows: list[Row], x: str, y: str, look: Mapping[str, Any], name: str | None) -> None:
+    if rows:
+        places = [[number(row, column) for row in rows] for column in (x, y)]
+        axis.plot(*places, **{"markersize": 5, **look}, label=name)

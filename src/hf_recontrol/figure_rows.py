@@ -9,9 +9,9 @@ LOGARITHMIC = {"kl_per_answer", "step_size", "batch_size", "seconds_per_token"}
 """Columns that are drawn on logarithmic axes, which have no place for a number that is not above 0."""
 LABELS = {
     "diversity_20": "diversity of the\nfirst 20 words (0 to 1)",
-    "coherence": "coherence with\nthe prompt (0 to 1)",
+    "coherence": "coherence with the\nprompt (cosine)",
     "seconds_per_token": "seconds per token",
-    "win_rate": "win rate against the base model (0 to 1)",
+    "win_rate": "win rate (0 to 1)",
 }
 
 
@@ -65,4 +65,4 @@ def sample_size(rows: Sequence[Row], column: str) -> str:
 def name_and_setting(row: Row) -> str:
     """'control head (4 nats)'."""
     asked = number(row, "setting")
-    return row["method"] + (f" ({asked:g} nats)" if math.isfinite(asked) else "")
+    return str(row["method"]) + (f" ({asked:g} nats)" if math.isfinite(asked) else "")

@@ -85,10 +85,10 @@ def _after(num_steps: int, controller: Controller) -> Controller:
 
 def _at_right_angles(unit: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same direction on every device
-    random = torch.randn(len(unit), generator=generator, dtype=torch.float64).to(unit)
+    random: Tensor = torch.randn(len(unit), generator=generator, dtype=torch.float64).to(unit)
     for _ in range(2):  # the second time takes off what the first's rounding left
         random = random - (random @ unit) * unit
-    return random / random.norm()
+    return torch.nn.functional.normalize(random, dim=0)
 
 
 def _check(hidden_state: Tensor, extent: float, resolution: int) -> None:
