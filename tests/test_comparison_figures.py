@@ -123,17 +123,28 @@ def test_a_row_of_which_all_is_missing_changes_nothing_in_the_others(make, rows)
         assert "not measured" not in [text.get_text() for text in [*other.texts, *other.get_yticklabels()]]
 
 
+@pytest.mark.parametrize("ends", [{}, {"low": 0.25}, {"low": NAN, "high": 2.0}])
 @pytest.mark.parametrize("make", [comparison_figure, kl_figure, sweep_figure, win_rate_figure])
-def test_a_missing_interval_leaves_the_point(make, rows):
+def test_a_missing_interval_leaves_the_point(make, ends, rows):
     before = [len(segments(axis)) for axis in make(rows).axes]
     for column in ("judge", "reward", "win_rate"):
-        rows[0][column] = {"mean": rows[0][column]["mean"], "low": NAN}
+        rows[0][column] = {"mean": rows[0][column]["mean"], **ends}
     figure = make(rows)
     has_interval = [0, 0, 1] if make is sweep_figure else [1] * len(before)
     assert [len(segments(axis)) for axis in figure.axes] == [
         n - one for n, one in zip(before, has_interval, strict=True)
     ]
     assert drawn_inside(figure)
+
+
+@pytest.mark.parametrize("make", FIGURES)
+def test_a_name_that_looks_like_a_formula_is_drawn_as_it_is(make, rows):
+    name = r"costs $5, $\frac$"
+    figure = make([row(name, 1.0, 0.5, setting=None), rows[0] | {"method": r"$\frac$"}])
+    assert drawn_inside(figure)  # a broken formula would raise
+    texts = [text.get_text() for axis in figure.axes for text in [*axis.texts, *axis.get_yticklabels()]]
+    texts += [text for legend in figure.legends for text in legend_texts(legend)]
+    assert any(text.startswith(name) for text in texts) or make is sweep_figure
 
 
 # Bars
@@ -254,6 +265,7 @@ def test_what_one_panel_lacks_the_other_shows(rows):
     rows[0]["judge"] = None
     judge, reward = kl_figure(rows).axes
     assert "value head" not in lines(judge)
+    assert judge.get_xlim() == reward.get_xlim()
     assert "value head" in lines(reward)
     for one in rows:
         one["judge"] = None

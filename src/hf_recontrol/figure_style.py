@@ -57,6 +57,8 @@ def shared_legend(figure: "Figure") -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     columns = max(1, int(WIDTH * 100 / (45 + 6.5 * max(map(len, found)))))  # in pixels: a letter is 6.5, a mark 45
-    figure.legend(
+    legend = figure.legend(
         found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a method's name is text
