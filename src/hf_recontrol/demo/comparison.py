@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..control import Controller
 from ..control_config import ControlConfig
-from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
+from ..evaluation import best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers
 from ..head import Head
+from ..intervals import Gain, paired_bootstrap
 from ..rollout_blocks import end_of_answer, seeded
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
