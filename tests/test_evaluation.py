@@ -4,31 +4,29 @@ import functools
 import math
 
 import pytest
+import torch
+from steered_answers import ANSWERS, PROMPTS, controller
 from tiny import tiny_head, tiny_model, tiny_tokenizer
 
-from hf_recontrol.control import ControlConfig, Controller
+from hf_recontrol.coherence import Coherence
+from hf_recontrol.control import Controller
 from hf_recontrol.evaluation import (
     best_of_n,
     best_of_n_kl_bound,
     distinct_n,
     diversity,
     evaluate_answers,
-    token_statistics,
+    side_effects,
     words,
 )
+from hf_recontrol.head_config import RewardScale
 from hf_recontrol.rewards import Rewards
-
-PROMPTS = [[1, 9, 30], [1, 5, 8, 41, 7, 22], [1], [1, 50]]
-ANSWERS = [[12, 33, 2], [40], [11, 60, 4, 9, 17, 2], []]
+from hf_recontrol.token_statistics import token_statistics
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def controller(step_size=0.5, num_steps=3):
-    return Controller(tiny_head(), ControlConfig(step_size=step_size, num_steps=num_steps))
 
 
 # Texts
@@ -191,3 +189,69 @@ def test_a_model_without_its_tokenizer_is_refused(model):
         evaluate_answers(answer_rows(), model=model)
     with pytest.raises(ValueError, match="0 rows"):
         evaluate_answers([])
+
+
+def test_coherence_is_a_figure_where_it_is_asked_for():
+    rows = answer_rows()
+    letters = Coherence(lambda texts: torch.tensor([[float(text.count("1")), 1.0] for text in texts]))
+    expected = letters([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    assert expected[3] == 0  # the empty answer is in the mean
+    assert evaluate_answers(rows, coherence=letters)["coherence"] == pytest.approx(sum(expected) / 4)
+
+
+def test_judges_have_figures_of_their_own():
+    row = evaluate_answers(answer_rows(), word_count, judge_funcs=[even_only, weighted])
+    assert {name: value for name, value in row.items() if "/" in name} == {
+        "reward/word_count": 8 / 4,
+        "judge/even_only": 1.0,
+        "judge/weighted": 6 / 4,
+    }
+
+
+def test_the_reward_that_trained_the_head_is_warned_of_as_a_judge_and_not_as_a_reward():
+    control = Controller(tiny_head(reward=RewardScale(name="even_only + 2 · word_count")))
+    evaluate_answers(answer_rows(), [word_count], judge_funcs=[weighted], controller=control)
+    with pytest.warns(UserWarning, match="The judge 'word_count'") as caught:
+        evaluate_answers(answer_rows(), judge_funcs=[word_count, weighted], controller=control)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+# Side effects
+
+
+def test_side_effects_are_the_statistics_of_the_references_after_their_prompts(model):
+    tokenizer = tiny_tokenizer()
+    prompts, references = ["w9 w30", "w5", "w7"], ["w12 w33 w40", "w11", ""]
+    found = side_effects(model, tokenizer, prompts, references, controller(), batch_size=1)
+    statistics = token_statistics(model, [[1, 9, 30], [1, 5], [1, 7]], [[12, 33, 40], [11], []], controller())
+    assert found == pytest.approx(
+        {
+            "n": 3,
+            "kl_per_token": statistics.kl_per_token,
+            "perplexity": statistics.perplexity,
+            "steered_perplexity": statistics.steered_perplexity,
+        },
+        rel=1e-3,  # other batches than here
+    )
+    assert found["perplexity"] != pytest.approx(found["steered_perplexity"], rel=1e-3)
+
+
+def test_no_control_has_no_side_effects(model):
+    found = side_effects(model, tiny_tokenizer(), ["w9 w30"], ["w12"], None)
+    assert found["kl_per_token"] == 0
+    assert found["perplexity"] == found["steered_perplexity"]
+
+
+def test_references_may_be_message_lists(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "<s>{% for message in messages %} {{ message['content'] }}{% endfor %} w63"
+    asked, said = [{"role": "user", "content": "w9"}], [{"role": "assistant", "content": "w12 w33"}]
+    found = side_effects(model, tokenizer, [asked], [said], controller())
+    ids = tokenizer.apply_chat_template(asked, return_dict=False)
+    assert found["kl_per_token"] == pytest.approx(token_statistics(model, [ids], [[12, 33]], controller()).kl_per_token)
+
+
+def test_references_that_do_not_pair_are_refused(model):
+    with pytest.raises(ValueError, match="2 prompts and 1 completions"):
+        side_effects(model, tiny_tokenizer(), ["w9", "w8"], ["w12"], None)

@@ -140,9 +140,8 @@ def test_wilsons_ends_are_where_the_score_test_turns(confidence, z):
 
 
 def test_wilsons_interval_never_leaves_the_shares():
-    for n in range(1, 60):
-        assert wilson(0, n)[0] == 0
-        assert wilson(n, n)[1] == 1
+    ends = [wilson(successes, n, c) for n in range(1, 80) for successes in (0, n) for c in (0.5, 0.9, 0.95)]
+    assert all(0 <= low < high <= 1 for low, high in ends)
 
 
 @pytest.mark.parametrize("wrong", [(-1, 3), (4, 3), (0, 0), (1, 2, 95.0), (1, 2, 0.0)])

@@ -70,8 +70,8 @@ class Coherence:
         scored = [i for i, answer in enumerate(answers) if answer.strip()]
         scores = [0.0] * len(answers)
         if scored:
-            texts = [asked[i] for i in scored], [answers[i] for i in scored]
-            cosines = torch.nn.functional.cosine_similarity(*(self._embeddings(part) for part in texts))
+            of_prompts, of_answers = (self._embeddings([texts[i] for i in scored]) for texts in (asked, answers))
+            cosines = torch.nn.functional.cosine_similarity(of_prompts, of_answers)
             for i, cosine in zip(scored, cosines.tolist(), strict=True):
                 scores[i] = cosine
         return scores

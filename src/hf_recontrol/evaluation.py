@@ -1,4 +1,4 @@
-"""What a comparison is made of: diversity, perplexity, KL, rewards, paired gains. Answers in, numbers out."""
+"""What a comparison is made of: diversity, perplexity, KL, rewards, coherence. Answers in, numbers out."""
 
 import math
 import re
@@ -8,11 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .coherence import Coherence
 from .control import Controller
+from .judging import warn_if_trained_by
+from .reward_models import Text, answer_text
 from .rewards import RewardFunc, Rewards
+from .token_statistics import token_statistics
 
 Tokenize = Callable[[str], Sequence[str]]
-TokenIds = Sequence[Sequence[int]]
+COLUMNS = ("prompt", "completion", "token_ids")
 
 
 def words(text: str) -> list[str]:
@@ -98,6 +102,8 @@ def evaluate_answers(
     rows: Sequence[Mapping[str, Any]],
     reward_funcs: Rewards | RewardFunc | list[RewardFunc] | None = None,
     *,
+    judge_funcs: Rewards | RewardFunc | list[RewardFunc] | None = None,
+    coherence: Coherence | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
     controller: Controller | None = None,
@@ -111,7 +117,11 @@ def evaluate_answers(
     Args:
         rows: one per answer: "prompt" and "completion" (strings, or message lists) and "token_ids", the answer's ids
             as generated, with its EOS, without padding. Other columns, which every row must have, go to the rewards.
-        reward_funcs: in TRL's convention, or a Rewards made once for all methods; None for no rewards.
+        reward_funcs: in TRL's convention, or a Rewards made once for all methods; None for no rewards. The reward that
+            trained the head belongs here.
+        judge_funcs: likewise, rewards that trained nothing, to see whether the answers are better and not the reward
+            alone. A name that is also that of the reward which trained a head of `controller` is warned of.
+        coherence: a Coherence made once for all methods; None for none.
         model: the model without control, for perplexity and KL; None for neither.
         tokenizer: the model's, for the prompts' ids; needed with `model`.
         controller: what the answers were steered by; without one the KL is 0.
@@ -120,37 +130,94 @@ def evaluate_answers(
         seconds, forwards_per_token: what generating cost, as the caller measured it; not in the row where None.
 
     Returns:
-        {"n", "reward/<name>" of each function (without the answers it returned None for), "perplexity",
-        "kl_per_answer", "kl_per_token", "diversity", "diversity_20" (of the first 20 words, so that length does not
-        show), "distinct_3", "length" (tokens), "seconds", "forwards_per_token"}.
+        {"n", "reward/<name>" and "judge/<name>" of each function (without the answers it returned None for),
+        "coherence", "perplexity", "kl_per_answer", "kl_per_token", "diversity", "diversity_20" (of the first 20 words,
+        so that length does not show), "distinct_3", "length" (tokens), "seconds", "forwards_per_token"}.
 
     Raises:
         ValueError: no rows, a row without a column, or `model` without `tokenizer`.
     """
     if not rows or (model is not None and tokenizer is None):
         raise ValueError(f"Got {len(rows)} rows and tokenizer={tokenizer!r}; pass rows, and with model its tokenizer.")
-    needed = {"prompt", "completion", "token_ids", *rows[0]}
-    for i, row in enumerate(rows):
-        if lacking := sorted(needed - row.keys()):
-            raise ValueError(f"Row {i} lacks {lacking}, but every row needs {sorted(needed)}. Add what it lacks.")
-    columns = {name: [row[name] for row in rows] for name in needed}
-    prompts, completions, ids = (columns.pop(name) for name in ("prompt", "completion", "token_ids"))
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    columns = _columns(rows)
     figures: dict[str, float] = {"n": len(rows)}
     if reward_funcs is not None:
-        rewards = reward_funcs if isinstance(reward_funcs, Rewards) else Rewards(reward_funcs)
-        for name, values in rewards(prompts, completions, ids, columns).per_function.items():
-            figures[f"reward/{name}"] = _mean([value for value in values if value is not None])
+        figures |= _reward_figures("reward", _as_rewards(reward_funcs), columns)
+    if judge_funcs is not None:
+        judge = _as_rewards(judge_funcs)
+        for head in controller.heads if controller is not None else ():
+            warn_if_trained_by(head, judge, stacklevel=3)
+        figures |= _reward_figures("judge", judge, columns)
+    prompts, completions, ids = (columns[name] for name in COLUMNS)
+    if coherence is not None:
+        figures["coherence"] = _mean(coherence(prompts, completions))
     if model is not None:
         prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
         statistics = token_statistics(model, prompt_ids, ids, controller, batch_size=batch_size)
         figures |= {name: getattr(statistics, name) for name in ("perplexity", "kl_per_answer", "kl_per_token")}
+    texts = [answer_text(completion) for completion in completions]
     figures["diversity"] = _mean([diversity(text, tokenize=tokenize) for text in texts])
     figures["diversity_20"] = _mean([diversity(text, max_words=20, tokenize=tokenize) for text in texts])
     figures["distinct_3"] = distinct_n(texts, 3, tokenize=tokenize)
     figures["length"] = _mean([len(answer) for answer in ids])
     cost = {"seconds": seconds, "forwards_per_token": forwards_per_token}
     return figures | {name: value for name, value in cost.items() if value is not None}
+
+
+def side_effects(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    references: Sequence[Text],
+    controller: Controller | None,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """What control does to texts that it did not write: KL per token, and their perplexity without and with it.
+
+    A control that raises one reward and leaves the rest of the model alone has a small KL on texts of other kinds.
+
+    Args:
+        model: a decoder-only language model in eval mode.
+        tokenizer: the model's.
+        prompts: texts, or message lists, which get the chat template.
+        references: texts that follow the prompts, or message lists, of which the last message counts; tokenised without
+            special tokens, so that no EOS is scored.
+        controller: whose effect is asked for; None: none.
+        batch_size: texts per forward.
+
+    Returns:
+        {"n" (references), "kl_per_token" (nats), "perplexity", "steered_perplexity"}; each over all tokens, and NaN
+        where there is none.
+
+    Raises:
+        ValueError: as token_statistics.
+    """
+    prompt_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [list(tokenizer(answer_text(text), add_special_tokens=False)["input_ids"]) for text in references]
+    statistics = token_statistics(model, prompt_ids, ids, controller, batch_size=batch_size)
+    figures = {name: getattr(statistics, name) for name in ("kl_per_token", "perplexity", "steered_perplexity")}
+    return {"n": len(references), **figures}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    needed = {*COLUMNS, *rows[0]}
+    for i, row in enumerate(rows):
+        if lacking := sorted(needed - row.keys()):
+            raise ValueError(f"Row {i} lacks {lacking}, but every row needs {sorted(needed)}. Add what it lacks.")
+    return {name: [row[name] for row in rows] for name in needed}
+
+
+def _as_rewards(reward_funcs: Rewards | RewardFunc | list[RewardFunc]) -> Rewards:
+    return reward_funcs if isinstance(reward_funcs, Rewards) else Rewards(reward_funcs)
+
+
+def _reward_figures(kind: str, rewards: Rewards, columns: Mapping[str, list[Any]]) -> dict[str, float]:
+    others = {name: column for name, column in columns.items() if name not in COLUMNS}
+    result = rewards(columns["prompt"], columns["completion"], columns["token_ids"], others)
+    return {
+        f"{kind}/{name}": _mean([value for value in values if value is not None])
+        for name, values in result.per_function.items()
+    }
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
