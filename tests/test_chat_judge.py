@@ -1,13 +1,14 @@
 """ChatJudge against a real server: what it sends, what it makes of the replies, and what it keeps to itself."""
 
 import asyncio
+import doctest
 import sys
 import traceback
 
 import pytest
 from chat_server import KEY, ChatServer, shown
 
-from hf_recontrol import ChatJudge, win_rate
+from hf_recontrol import ChatJudge, chat_judge, win_rate
 from hf_recontrol.chat_judge import REMINDER, parse_scores
 
 pytest.importorskip("openai")
@@ -124,7 +125,7 @@ def test_the_key_is_in_no_error_and_no_repr():
     assert "tiny-judge" in repr(judge)
 
 
-@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"detail": "Welcome"}'])
+@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b'{"detail": "Welcome"}', b'{"choices": {"a": 1}}'])
 def test_an_endpoint_that_speaks_something_else_is_an_error(body):
     with ChatServer(first_is_better) as server:
         server.body = body
@@ -195,3 +196,7 @@ def test_without_openai_the_extra_is_named(monkeypatch):
 )
 def test_only_the_last_line_in_the_format_that_was_asked_for_is_a_verdict(reply, scores):
     assert parse_scores(reply) == scores
+
+
+def test_the_example_shows_its_result():
+    assert doctest.testmod(chat_judge) == (0, 2)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from hf_recontrol.coherence import Coherence
@@ -111,15 +112,12 @@ def test_a_hub_id_is_read_by_the_same_rule(templateless, folder, mean_pooled):
     assert Coherence("user/sentences")(PROMPTS, ANSWERS) == pytest.approx(cosines("mean"), abs=1e-5)
 
 
-def test_without_the_hub_what_it_said_before_counts(templateless, folder):
-    hub = templateless
-    hub.add("user/again", files_of(folder))
+def test_without_the_hub_what_it_said_before_counts(templateless, folder, monkeypatch):
+    templateless.add("user/again", files_of(folder))
     once = Coherence("user/again")(PROMPTS, ANSWERS)
-    hub.fail("user/again", status=503)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert Coherence("user/again")(PROMPTS, ANSWERS) == once
-    hub.add("user/never", files_of(folder))
-    hub.fail("user/never", status=503)
-    with pytest.raises(OSError, match=r"503|cannot find|could not"):
+    with pytest.raises(LocalEntryNotFoundError, match="not find the requested files in the local cache"):
         Coherence("user/never")
 
 

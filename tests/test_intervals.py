@@ -1,10 +1,12 @@
 """Intervals, checked by laws, by a slow solution, and by how often they hold the truth."""
 
+import doctest
 import math
 
 import pytest
 import torch
 
+from hf_recontrol import intervals
 from hf_recontrol.intervals import crossed_bootstrap, paired_bootstrap, wilson
 
 
@@ -148,3 +150,7 @@ def test_wilsons_interval_never_leaves_the_shares():
 def test_a_share_without_sense_is_refused(wrong):
     with pytest.raises(ValueError, match="0 ≤ successes ≤ n"):
         wilson(*wrong)
+
+
+def test_the_example_shows_its_result():
+    assert doctest.testmod(intervals) == (0, 1)

@@ -112,6 +112,8 @@ def test_what_does_not_pair_is_refused_before_the_judge_is_asked():
         win_rate(never, [], [], [])
     with pytest.raises(ValueError, match="0 < confidence < 1"):
         win_rate(never, ["a"], ["b"], ["c"], confidence=95)
+    with pytest.raises(ValueError, match="resamples ≥ 1"):
+        win_rate(never, ["a"], ["b"], ["c"], resamples=0)
 
 
 def test_a_judge_that_loses_a_prompt_is_refused():

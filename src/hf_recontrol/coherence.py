@@ -22,10 +22,10 @@ class Coherence:
 
     The metric of Kong et al. 2024 (arXiv:2406.05954): the mean over answers, with supervised SimCSE (Gao et al. 2021,
     arXiv:2104.08821). SimCSE's embedding is the [CLS] state after BERT's pooler (dense and tanh), of the first 128
-    tokens. sentence-transformers would make a mean of all tokens' states of that model, and has no pooling that takes
-    the pooler. So a name whose repository is no sentence-transformers model (it has no modules.json) is read by
-    transformers, as `pooler_output`; the others, by sentence-transformers, as they say themselves. Departure: the
-    authors embed a space where an answer is empty.
+    tokens. sentence-transformers makes, by itself, a mean of all tokens' states of such a model, and its Pooling has no
+    mode for the pooler. So a name whose repository is no sentence-transformers model (it has no modules.json) is read
+    by transformers, as `pooler_output`, cut at 128 tokens; the others, by sentence-transformers, as they say
+    themselves. Departure: the authors embed a space where an answer is empty.
 
     An embedding sees the topic of a text: an answer that repeats its prompt has coherence 1.
 

@@ -76,19 +76,19 @@ def win_rate(
         answers: texts or message lists, one for each prompt.
         opponents: likewise: the base model's answers, or references.
         confidence: of the intervals, between 0 and 1.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, ≥ 1.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: no prompt, unequal lengths, a confidence without sense, or a judge with too few or too many scores.
+        ValueError: no prompt, unequal lengths, a number out of bounds, or a judge with too few or too many scores.
     """
     if not len(prompts) or not len(prompts) == len(answers) == len(opponents):
         raise ValueError(
             f"Got {len(prompts)} prompts, {len(answers)} answers and {len(opponents)} opponents; pass one answer and "
             "one opponent for each of one or more prompts."
         )
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; pass 0 < confidence < 1, as 0.95.")  # before the judge is paid
+    if not 0 < confidence < 1 or resamples < 1:  # asked here too, before the judge is paid
+        raise ValueError(f"confidence is {confidence}, resamples {resamples}; pass 0 < confidence < 1, resamples ≥ 1.")
     forth = _checked(judge(prompts, answers, opponents), len(prompts))
     if getattr(judge, "position_blind", False):
         leads = [None if scores is None else (scores[0] - scores[1],) * 2 for scores in forth]
