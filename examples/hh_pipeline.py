@@ -48,7 +48,8 @@ from hf_recontrol import (
     sample_states,
 )
 from hf_recontrol.demo.training import random_direction
-from hf_recontrol.evaluation import evaluate_answers, paired_bootstrap
+from hf_recontrol.evaluation import evaluate_answers
+from hf_recontrol.intervals import paired_bootstrap
 from hf_recontrol.rewards import Rewards
 
 ENOUGH = 0.60  # accuracy on held-out pairs, for a reward to be worth steering to

@@ -68,6 +68,6 @@ def test_targets_that_cannot_be_and_methods_that_spend_nothing_are_refused(kl_of
     for targets, options in (([], {}), ([0.0], {}), ([math.inf], {}), ([1.0], {"trials": 0}), ([1.0], {"start": 0.0})):
         with pytest.raises(ValueError, match="expected are nats per answer > 0"):
             match_kl(FAMILIES["CD"], kl_of, targets, **options)
-    with pytest.raises(ValueError, match="base spends 0.0 nats per answer"):
+    with pytest.raises(ValueError, match="base spends 0"):
         match_kl(lambda _: Base(), kl_of, [1.0])
     assert kl_of(BestOfN(Rewards(parity), 4)) == pytest.approx(math.log(4) - 3 / 4)

@@ -39,7 +39,8 @@ from hf_recontrol.demo.training import (
     train_value_head,
     training_arguments,
 )
-from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, crossed_bootstrap, distinct_n, evaluate_answers
+from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers
+from hf_recontrol.intervals import crossed_bootstrap
 from hf_recontrol.plots import overoptimization_figure
 from hf_recontrol.rewards import Rewards
 

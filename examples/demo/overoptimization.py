@@ -22,7 +22,8 @@ from hf_recontrol.control_config import step_size_for
 from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.comparison import sample_scored
 from hf_recontrol.demo.training import collect, train_value_head, training_arguments
-from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, crossed_bootstrap, distinct_n, evaluate_answers
+from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers
+from hf_recontrol.intervals import crossed_bootstrap
 from hf_recontrol.plots import overoptimization_figure
 
 KL_PER_TOKEN = (0.005, 0.0125, 0.03, 0.07, 0.15, 0.3, 0.5)  # of 40 tokens: 0.2 to 20 nats an answer

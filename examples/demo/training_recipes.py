@@ -42,8 +42,9 @@ from hf_recontrol.demo.training import (
     training_arguments,
 )
 from hf_recontrol.ensemble import Distiller, seeded_head
-from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound, crossed_bootstrap
+from hf_recontrol.evaluation import best_of_n, best_of_n_kl_bound
 from hf_recontrol.fitting import batches
+from hf_recontrol.intervals import crossed_bootstrap
 from hf_recontrol.plots import LINES
 
 KL_PER_ANSWER = (0.5, 1.0, 2.0, 4.0)

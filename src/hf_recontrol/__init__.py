@@ -1,6 +1,8 @@
 """RE-Control for transformers: a value head steers generate() at decoding time (arXiv:2406.05954)."""
 
 from .calibration import calibrate, sample_states
+from .chat_judge import ChatJudge
+from .coherence import Coherence
 from .control import Controller
 from .control_config import ControlConfig
 from .control_fitting import fit_constant_control
@@ -12,6 +14,7 @@ from .generation import RecontrolGenerationMixin, disable_recontrol, enable_reco
 from .guided_decoding import ARGSLogitsProcessor, PrefixScorerLogitsProcessor
 from .head import Head
 from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
+from .judging import RewardJudge, WinRate, win_rate
 from .on_policy import train_control, train_value
 from .prompts import load_prompts
 from .registry import register_value_heads
@@ -26,6 +29,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARGSLogitsProcessor",
+    "ChatJudge",
+    "Coherence",
     "CollectError",
     "ControlConfig",
     "ControlDefaults",
@@ -40,6 +45,7 @@ __all__ = [
     "RecontrolGenerationMixin",
     "RecontrolTrainer",
     "RecontrolTrainingArguments",
+    "RewardJudge",
     "RewardScale",
     "RolloutDataset",
     "ScaleDefaults",
@@ -47,6 +53,7 @@ __all__ = [
     "Trace",
     "ValueHead",
     "ValueHeadConfig",
+    "WinRate",
     "calibrate",
     "collect_rollouts",
     "disable_recontrol",
@@ -59,4 +66,5 @@ __all__ = [
     "sample_states",
     "train_control",
     "train_value",
+    "win_rate",
 ]

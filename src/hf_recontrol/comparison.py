@@ -67,9 +67,7 @@ class Comparison:
         ValueError: fewer than two prompts, of which no interval can be given.
     """
 
-    def __init__(
-        self, sampler: Sampler, prompts: Sequence[Text], output_dir: str | Path, *, answers: int = 1
-    ):
+    def __init__(self, sampler: Sampler, prompts: Sequence[Text], output_dir: str | Path, *, answers: int = 1):
         if len(prompts) < 2 or answers < 1:
             raise ValueError(
                 f"There are {len(prompts)} prompts and answers={answers}; expected are two prompts or more, for an "
@@ -153,15 +151,13 @@ class Comparison:
         if found != facts:
             names = sorted(name for name in {*found, *facts} if found.get(name) != facts.get(name))
             raise CollectError(
-                f"{file} holds answers of another comparison: {', '.join(names)} differ. Give another folder, or delete "
-                "the file, and its answers are made again."
+                f"{file} holds answers of another comparison: {', '.join(names)} differ. Give another folder, or "
+                "delete the file, and its answers are made again."
             )
         return Answered(entry, answers, seconds, peak, entry.method.kl_bound(1) is not None)
 
 
-def figures(
-    answered: Answered, base: Answered, judges: Mapping[str, Rewards], **options: Any
-) -> dict[str, Any]:
+def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], **options: Any) -> dict[str, Any]:
     """A row of the table.
 
     Args:

@@ -16,6 +16,11 @@ from .hooks import model_name
 Text = str | list[dict[str, Any]]
 
 
+def answer_text(completion: Text) -> str:
+    """The text of a completion: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
 class RewardModel:
     """A sequence classifier as a callable: one score for each prompt + completion."""
 

@@ -105,7 +105,7 @@ class Rewards:
         self._functions = [_as_function(function, device, batch_size) for function in functions]
         self.names = _unique([_name(function) for function in self._functions])
         self._runner = asyncio.Runner()  # one loop for all calls: clients that a function keeps open are bound to it
-        weakref.finalize(self, _outside_loops, self._runner.close)
+        weakref.finalize(self, outside_loops, self._runner.close)
 
     def check(self, *, conversational: bool) -> None:
         """Raise ValueError if a model cannot read such prompts. For the door, before anything is generated."""
@@ -196,11 +196,11 @@ class Rewards:
         async def gather() -> list[Outcome]:
             return await asyncio.gather(*(call.run_async() for call in calls))
 
-        outcomes = _outside_loops(lambda: self._runner.run(gather())) if calls else []
+        outcomes = outside_loops(lambda: self._runner.run(gather())) if calls else []
         return {call.name: outcome for call, outcome in zip(calls, outcomes, strict=True)}
 
 
-def _outside_loops(function: Callable[[], R]) -> R:
+def outside_loops(function: Callable[[], R]) -> R:
     """function(), in a thread of its own where an event loop runs in this one already, as in a notebook."""
     try:
         asyncio.get_running_loop()

@@ -313,6 +313,7 @@ class RecontrolTrainer(HeadTrainer):
             with self.termination.watching():
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             if self.termination.received or self.termination.due:
+                self.accelerator.end_training()  # a process group that is left open may abort the process as it ends
                 raise SystemExit(EXIT_STATUS)
             stale = self._evaluation is None or self._evaluation[0] != self.state.global_step
             if self.eval_dataset is not None and (stale or self.args.load_best_model_at_end):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from .baselines import Method, Steered
 from .control_config import ControlConfig
@@ -23,7 +22,7 @@ def steered_by(head: Head, name: str, config: ControlConfig | None = None) -> Fa
         config: other options of the control.
     """
     multiplier = head.config.control.multiplier
-    return lambda value: Steered(name, head, replace(config or ControlConfig(), **{multiplier: value}))
+    return lambda value: Steered(name, head, ControlConfig.of({multiplier: value}).over(config or ControlConfig()))
 
 
 def match_kl(
@@ -105,4 +104,4 @@ def _next(tried: list[tuple[float, float]], target: float, multiplier: float) ->
     slope = 2.0
     if len(near) == 2 and near[1][0] != x:
         slope = min(max(math.log(near[1][1] / y) / math.log(near[1][0] / x), 0.5), 4.0)
-    return x * (target / y) ** (1 / slope)
+    return x * math.exp(math.log(target / y) / slope)

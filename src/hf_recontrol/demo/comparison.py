@@ -12,8 +12,9 @@ from transformers.utils import logging
 from ..answers import end_of_answer, seeded
 from ..control import Controller
 from ..control_config import ControlConfig
-from ..evaluation import Gain, best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers, paired_bootstrap
+from ..evaluation import best_of_n, best_of_n_kl_bound, distinct_n, evaluate_answers
 from ..head import Head
+from ..intervals import Gain, paired_bootstrap
 from .assets import HEADS, MAX_NEW_TOKENS, Demo
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..control_config import BELT
-from ..evaluation import Gain
+from ..intervals import Gain
 from .assets import HEADS, Demo
 from .comparison import CONTROL, STRENGTH, Result, compare, sample
 
