@@ -1,5 +1,6 @@
 """Fits a head to rollouts: a transformers Trainer whose batches are packed answers and whose checkpoints are heads."""
 
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -313,7 +314,7 @@ class RecontrolTrainer(HeadTrainer):
             with self.termination.watching():
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             if self.termination.received or self.termination.due:
-                self.accelerator.end_training()  # a process group that is left open may abort the process as it ends
+                self._leave_group()
                 raise SystemExit(EXIT_STATUS)
             stale = self._evaluation is None or self._evaluation[0] != self.state.global_step
             if self.eval_dataset is not None and (stale or self.args.load_best_model_at_end):
@@ -349,6 +350,14 @@ class RecontrolTrainer(HeadTrainer):
     def _restore_forward(self) -> None:
         # Under bf16=True accelerate replaces head.forward by one that autocasts; a head computes in float32 elsewhere.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def _leave_group(self) -> None:
+        """Before the process ends. gloo's threads let go of tensors under Python's lock, and abort a Python that ends
+        meanwhile (-6 in place of 143); they are joined when nothing holds the group."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+        gc.collect()
 
     def describe_run(self) -> None:
         """Write into head.config.info what was done so far, and the metrics of the very weights the head has."""
