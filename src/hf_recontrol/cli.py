@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_evaluate import evaluate
+from .cli_inputs import named_heads
 from .cli_rollouts import rollouts
 from .cli_train import train
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
@@ -33,6 +35,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --output_dir is --output-dir
 )
 app.command()(rollouts)
+app.command()(evaluate)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 StepSize = Annotated[float | None, typer.Option(help="α of a value head; its own where not given.")]
@@ -228,20 +231,7 @@ def serve(
 
     address = {"--host": host, "--port": port}
     given = [part for name, value in address.items() if value is not None for part in (name, str(value))]
-    serve_model(model, _named_heads(head), default=default, arguments=[*given, *(arguments or [])])
-
-
-def _named_heads(named: list[str]) -> dict[str, str]:
-    """From "polite=user/head", each."""
-    heads: dict[str, str] = {}
-    for text in named:
-        name, equals, head = text.partition("=")
-        if not (name and equals and head):
-            raise ValueError(f"--head is {text!r}; it must be a name and a head, such as polite=user/head.")
-        if name in heads:
-            raise ValueError(f"--head gives {name!r} two heads, {heads[name]!r} and {head!r}. Give each its own name.")
-        heads[name] = head
-    return heads
+    serve_model(model, named_heads(head, "--head"), default=default, arguments=[*given, *(arguments or [])])
 
 
 def main() -> None:

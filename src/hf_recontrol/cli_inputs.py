@@ -78,6 +78,23 @@ def _reward_function(text: str) -> RewardFunc:
     return function
 
 
+def named_heads(named: Sequence[str], option: str) -> dict[str, str]:
+    """From "polite=user/head", each."""
+    heads: dict[str, str] = {}
+    for text in named:
+        name, equals, head = text.partition("=")
+        if not (name and equals and head):
+            raise ValueError(
+                f"{option} is {text!r}; it must be a name and what it stands for, such as polite=user/head."
+            )
+        if name in heads:
+            raise ValueError(
+                f"{option} gives {name!r} two meanings, {heads[name]!r} and {head!r}. Give each its own name."
+            )
+        heads[name] = head
+    return heads
+
+
 @contextmanager
 def ends_at_sigterm() -> Iterator[None]:
     """SIGTERM ends what is in it as SystemExit(143) does: what was committed is kept, and no traceback is shown."""

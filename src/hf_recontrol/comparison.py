@@ -65,6 +65,9 @@ class Comparison:
 
     Raises:
         ValueError: fewer than two prompts, of which no interval can be given.
+
+    Attributes:
+        facts: what decides the answers beside the method, as plain JSON.
     """
 
     def __init__(self, sampler: Sampler, prompts: Sequence[Text], output_dir: str | Path, *, answers: int = 1):
@@ -75,7 +78,7 @@ class Comparison:
             )
         self.sampler, self.prompts, self.number = sampler, list(prompts), answers
         self.folder = Path(output_dir) / "answers"
-        self._setting = {
+        self.facts = {
             **model_facts(sampler.model),
             "tokenizer_sha256": sha256_of(tokenizer_facts(sampler.tokenizer)),
             "prompts_sha256": sha256_of(json.dumps(prompt, sort_keys=True) for prompt in self.prompts),
@@ -91,7 +94,7 @@ class Comparison:
             CollectError: the file is of other settings or damaged; or the disk refused.
         """
         file = self.folder / f"{_slug(entry.label)}.jsonl"
-        facts = json.loads(json.dumps({**self._setting, "method": entry.method.facts(), "setting": entry.setting}))
+        facts = json.loads(json.dumps({**self.facts, "method": entry.method.facts(), "setting": entry.setting}))
         if not file.exists():
             made = self._answer(entry)
             head = {"facts": facts, "seconds": made.seconds, "peak_memory": made.peak_memory}

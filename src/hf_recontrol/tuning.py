@@ -1,10 +1,16 @@
 """Chooses a method's strength on validation prompts: for all methods with the same effort, by the KL of its answers."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from .baselines import Method, Steered
+from .comparison import Comparison
 from .control_config import ControlConfig
+from .disk import faults, make_folder, write_file
+from .fingerprints import sha256_of
 from .head import Head
 from .rewards import Text
 from .sampling import Sampler
@@ -105,3 +111,31 @@ def _next(tried: list[tuple[float, float]], target: float, multiplier: float) ->
     if len(near) == 2 and near[1][0] != x:
         slope = min(max(math.log(near[1][1] / y) / math.log(near[1][0] / x), 0.5), 4.0)
     return x * math.exp(math.log(target / y) / slope)
+
+
+class Strengths:
+    """Multipliers that were found by match_kl, kept in a file: a comparison that is gone on with finds each once.
+
+    Args:
+        validation: the sampler and the prompts that strengths are chosen on; none of them is tested on.
+        file: JSON; made with its folder if it does not exist.
+        targets: nats per answer.
+        options: more for match_kl.
+    """
+
+    def __init__(self, validation: Comparison, file: str | Path, targets: Sequence[float], **options: Any):
+        self.validation, self.file, self.targets, self.options = validation, Path(file), list(targets), options
+        self._kl_of = kl_per_answer(validation.sampler, validation.prompts, validation.measure)
+
+    def of(self, family: Family, start: float = 1.0) -> list[tuple[float, float]]:
+        """(multiplier, KL per answer on the validation prompts) for each target."""
+        made_by = {**self.validation.facts, **family(start).facts(), "targets": self.targets, **self.options}
+        key = sha256_of([json.dumps(made_by, sort_keys=True)])
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        if key not in known:
+            found = match_kl(family, self._kl_of, self.targets, start=start, **self.options)
+            known[key] = {"method": family(start).name, "targets": self.targets, "found": found}
+            with faults(f"Writing {self.file}"):
+                make_folder(self.file.parent)
+                write_file(self.file, json.dumps(known, indent=1, ensure_ascii=False).encode())
+        return [(multiplier, kl) for multiplier, kl in known[key]["found"]]

@@ -1,0 +1,109 @@
+"""A comparison as a person reads it: results.json, table.md and figures in a folder."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+Cell = Callable[[Row], str]
+
+
+def write_report(
+    rows: Sequence[Row],
+    output_dir: str | Path,
+    *,
+    judges: Sequence[str],
+    facts: Mapping[str, Any],
+    figures: bool = True,
+) -> None:
+    """Write results.json, table.md, and with `figures` (matplotlib) comparison.png and kl.png.
+
+    Args:
+        rows: one for each method at each setting; see comparison.figures.
+        output_dir: made if it does not exist.
+        judges: the names of the judges in the rows, the one that matters first.
+        facts: of the run, for results.json and the line under the table.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"facts": dict(facts), "judges": list(judges), "rows": list(rows)}
+    data = json.dumps(_without_nan(results), indent=1, ensure_ascii=False) + "\n"
+    (folder / "results.json").write_text(data, encoding="utf-8")
+    (folder / "table.md").write_text(table(rows, judges, facts), encoding="utf-8")
+    if figures:
+        from .comparison_figures import comparison_figure, kl_figure
+
+        settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
+        shown = settings[len(settings) // 2] if settings else None
+        bars = [row for row in rows if row["setting"] in (None, shown)]
+        comparison_figure(bars, by=judges[0]).savefig(folder / "comparison.png", dpi=100)
+        if {"judge", "reward"} & set(judges):
+            kl_figure(rows).savefig(folder / "kl.png", dpi=100)
+
+
+def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:
+    """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
+    columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
+    columns.append(("nats per answer", _nats))
+    columns += [(name, lambda row, name=name: _gain(row[name])) for name in judges]  # type: ignore[misc]
+    columns += [
+        (title, lambda row, key=key, form=form: _number(row.get(key), form))  # type: ignore[misc]
+        for title, key, form in (
+            ("perplexity", "perplexity_ratio", "{:.2f} ×"),
+            ("diversity", "diversity_20", "{:.3f}"),
+            ("distinct-3", "distinct_3", "{:.3f}"),
+            ("coherence", "coherence", "{:.3f}"),
+            ("length", "length", "{:.1f}"),
+            ("forwards", "forwards_per_token", "{:g}"),
+            ("ms per token", "seconds_per_token", "{:.2f}"),
+        )
+        if any(row.get(key) is not None for row in rows)
+    ]
+    lines = [" | ".join(title for title, _ in columns), "|".join("---" for _ in columns)]
+    lines += [" | ".join(cell(row) for _, cell in columns) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines) + "\n\n" + _notes(rows, judges, facts)
+
+
+def _nats(row: Row) -> str:
+    number = row["kl_per_answer"]
+    if number is None or math.isnan(number):
+        return "?"
+    return f"{'≤ ' if row['kl_is_bound'] else ''}{number:.2f}"
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    if gain["low"] == gain["high"] == 0:
+        return "0"
+    return f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+
+
+def _number(value: Any, form: str) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "?"
+    return form.format(value * 1000 if form == "{:.2f}" else value)
+
+
+def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:
+    counts = " or ".join(map(str, sorted({row[name]["n"] for row in rows for name in judges})))
+    columns = (
+        f"{' and '.join(judges)}: gain over base in standard deviations of its answers, with the 95 % interval of a "
+        f"bootstrap over {counts} prompts. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
+        "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
+        "Diversity: of the first 20 words. Forwards: rows of a model for each token. ms per token: of all answers "
+        "together, in batches."
+    )
+    if any(row["placebo"] for row in rows):
+        columns += " †: a placebo, which has nothing to find."
+    run = " ".join(f"{name}: {value}." for name, value in facts.items() if isinstance(value, str | int | float))
+    return f"{columns}\n\n{run}\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has none."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

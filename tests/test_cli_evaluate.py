@@ -1,0 +1,104 @@
+"""hf-recontrol evaluate, from files on the disk to a table: every row once, and only what is missing is made."""
+
+import json
+
+import pytest
+from saved import save_all
+from tiny import tiny_head
+
+from hf_recontrol import baselines, comparison
+
+SMALL = ("--max-new-tokens", 5, "--limit", 12, "--tuning-prompts", 8, "--split", "train", "--nats", 0.5, "--best-of", 2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    files = save_all(folder)
+    tiny_head().save_pretrained(folder / "head")
+    files.head = str(folder / "head")
+    (folder / "judge.py").write_text(
+        "def sevens(completions, **_):\n    return [float(c.count('7')) for c in completions]\n"
+    )
+    files.sevens = f"{folder / 'judge.py'}:sevens"
+    return files
+
+
+@pytest.fixture
+def given(files):
+    rewards = ("--reward", f"{files.rewards}:two_words", "--judge", files.sevens)
+    return ("--model", files.model, "--dataset", files.prompts, *rewards, "--head", f"RE-Control={files.head}", *SMALL)
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_the_table_has_every_method_and_a_second_run_makes_nothing(command, files, given, tmp_path, monkeypatch):
+    folder = tmp_path / "rollouts"
+    command(
+        "rollouts", *given[:4], "--reward", files.rewards + ":two_words", "--output-dir", folder, "--max-new-tokens", 6
+    )
+    extra = ("--rollouts", folder, "--checkpoint", f"DPO={files.model}", "--output-dir", tmp_path / "out")
+    printed = command("evaluate", *given, *extra)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {(row["method"], row["setting"]): row for row in results["rows"]}
+    assert set(rows) == {
+        ("base", None),
+        ("prompting", None),
+        ("best-of-2", None),
+        ("CD (ARGS), top 10 only", None),
+        ("DPO", None),
+        ("RE-Control", 0.5),
+        ("random direction", 0.5),
+        ("Static RE", 0.5),
+        ("linear head", 0.5),
+        ("linear head, shuffled rewards", 0.5),
+        ("RE-Control + prompting", 0.5),
+        ("CD (ARGS)", 0.5),
+        ("CD prefix", 0.5),
+    }
+    for row in rows.values():
+        assert row["judge"]["n"] == row["reward"]["n"] == 12
+    assert rows["DPO", None]["kl_per_answer"] == pytest.approx(0, abs=1e-5)  # the model itself
+    assert rows["RE-Control", 0.5]["kl_per_answer"] == pytest.approx(0.5, rel=0.6)  # tuned on 8 other prompts
+    assert {method for (method, _), row in rows.items() if row["placebo"]} == {
+        "random direction",
+        "linear head, shuffled rewards",
+    }
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert printed.strip() == table.strip()
+    assert table.count("\n| ") == len(rows) + 1  # and the line under the titles
+    assert "| random direction † |" in table
+    assert "| best-of-2 | ≤ 0.19 |" in table
+    for picture in ("comparison.png", "kl.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(comparison.Comparison, "_answer", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("hf_recontrol.tuning.match_kl", lambda *_, **__: pytest.fail("tuned again"))
+    assert command("evaluate", *given, *extra) == printed
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_a_run_that_was_stopped_goes_on_where_it_was(command, given, tmp_path, monkeypatch):
+    skipped = [part for name in ("CD prefix", "CD (ARGS)", "RE-Control + prompting") for part in ("--skip", name)]
+    arguments = ("evaluate", *given, "--output-dir", tmp_path, *skipped, "--no-plots")
+    stock = baselines.BestOfN.answer
+
+    def stopped(*_):
+        raise OSError("no power")
+
+    monkeypatch.setattr(baselines.BestOfN, "answer", stopped)
+    assert "no power" in command(*arguments, status=2)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "answers").iterdir()}
+    assert set(kept) == {"base.jsonl", "prompting.jsonl"}
+    monkeypatch.setattr(baselines.BestOfN, "answer", stock)
+    command(*arguments)
+    assert {name: (tmp_path / "answers" / name).stat().st_mtime_ns for name in kept} == kept
+    methods = [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
+    assert methods == ["base", "prompting", "best-of-2", "CD (ARGS), top 10 only", "RE-Control", "random direction"]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_bad_input_is_refused_before_anything_is_generated(command, given, tmp_path):
+    to = ("--output-dir", tmp_path / "out")
+    assert "has 40 prompts in 'train'" in command("evaluate", *given, *to, "--tuning-prompts", 39, status=2)
+    assert "--head is 'x'" in command("evaluate", *given, *to, "--head", "x", status=2)
+    assert "gives 'RE-Control' two meanings" in command("evaluate", *given, *to, "--head", "RE-Control=x", status=2)
+    assert not (tmp_path / "out" / "answers").exists()
