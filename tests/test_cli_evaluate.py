@@ -102,3 +102,20 @@ def test_bad_input_is_refused_before_anything_is_generated(command, given, tmp_p
     assert "--head is 'x'" in command("evaluate", *given, *to, "--head", "x", status=2)
     assert "gives 'RE-Control' two meanings" in command("evaluate", *given, *to, "--head", "RE-Control=x", status=2)
     assert not (tmp_path / "out" / "answers").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_strengths_can_be_chosen_on_another_split(command, files, given, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for split, first in (("validation", 30), ("test", 3)):
+        lines = [json.dumps({"prompt": f"w{first + i}"}) for i in range(10)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = [*given[:2], "--dataset", folder, *given[4:]]
+    given[given.index("--split") + 1] = "test"
+    skipped = [part for name in ("CD prefix", "CD (ARGS)", "RE-Control") for part in ("--skip", name)]
+    command(
+        "evaluate", *given, *skipped, "--tuning-split", "validation", "--output-dir", tmp_path / "out", "--no-plots"
+    )
+    answers = (tmp_path / "out" / "answers" / "base.jsonl").read_text().splitlines()[1:]
+    assert {rows[0]["prompt"] for rows in map(json.loads, answers)} == {f"w{3 + i}" for i in range(10)}

@@ -48,6 +48,15 @@ def test_the_lines_that_train_a_head_run(tmp_path, monkeypatch):
     assert files == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_the_lines_that_compare_run():
+    demo = Demo()
+    prompts = demo.prompts["test"][:2]
+    inputs = demo.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    names = {"model": demo.model, "tokenizer": demo.tokenizer, "prompts": prompts, "inputs": inputs}
+    names |= {"head": demo.head("value_head"), "reward": lambda completions, **_: [float(len(c)) for c in completions]}
+    exec(block("Compare").replace("weight=1.0", "weight=1.0, top_k=3"), names)
+
+
 def test_the_readme_names_only_files_that_exist():
     root = README.parent
     text = README.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from .comparison_report import write_report
 from .fitting import fit_linear_head
 from .head import Head
 from .prompts import load_prompts
-from .rewards import Rewards
+from .rewards import Rewards, Text
 from .rollout_dataset import RolloutDataset
 from .sampling import Sampler
 from .tuning import Family, Strengths, steered_by
@@ -98,6 +98,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "test",
     limit: Annotated[int, typer.Option(min=2, help="Prompts to test on, at most.")] = 300,
     tuning_prompts: Annotated[int, typer.Option(min=2, help="Further prompts, to choose strengths on.")] = 100,
+    tuning_split: Annotated[
+        str | None, typer.Option(help="Where these are from; the same split where not given, but others than tested.")
+    ] = None,
     answers: Annotated[int, typer.Option(min=1, help="To each prompt by each method.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
@@ -107,12 +110,7 @@ def evaluate(
 ) -> None:
     """Compare heads with the paper's baselines at equal KL: a table, figures, and all answers, in a folder."""
     targets = sorted(nats or [1.0, 4.0])
-    prompts = load_prompts(dataset, split=split, limit=limit + tuning_prompts, seed=seed)["prompt"]
-    if len(prompts) < tuning_prompts + 2:
-        raise ValueError(
-            f"{dataset} has {len(prompts)} prompts in {split!r}; expected are {tuning_prompts} to choose strengths on "
-            "and two or more to test on. Lower --tuning-prompts, or name another --split."
-        )
+    tuned_on, tested_on = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
     language, tokenizer = language_model(model, dtype=dtype.value)
     rewards, *others = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
     judges = {"judge" if i == 1 else f"judge_{i}": one for i, one in enumerate(others, 1)}
@@ -123,13 +121,29 @@ def evaluate(
     fitted, placebos = _fitted(rollouts, language, seed)
     plan = Plan(sampler, rewards, heads | fitted, checkpoints, placebos, best_of or [4, 16], frozenset(skip or []))
     with ends_at_sigterm():
-        tuned = Comparison(sampler, prompts[:tuning_prompts], output_dir / "tuning")
-        comparison = Comparison(sampler, prompts[tuning_prompts:], output_dir, answers=answers)
+        tuned = Comparison(sampler, tuned_on, output_dir / "tuning")
+        comparison = Comparison(sampler, tested_on, output_dir, answers=answers)
         rows = _run(plan, comparison, Strengths(tuned, output_dir / "strengths.json", targets), judges)
     facts = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0], "seed": seed}
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward"}
     write_report(rows, output_dir, judges=[*judges, "reward"], facts=facts, figures=plots)
     typer.echo((output_dir / "table.md").read_text(encoding="utf-8"))
+
+
+def _prompts(
+    dataset: str, split: str, limit: int, tuning_split: str | None, tuning_prompts: int, seed: int
+) -> tuple[list[Text], list[Text]]:
+    """Those that strengths are chosen on, and those that are tested."""
+    if tuning_split is not None and tuning_split != split:
+        tuned_on = load_prompts(dataset, split=tuning_split, limit=tuning_prompts, seed=seed)["prompt"]
+        return list(tuned_on), list(load_prompts(dataset, split=split, limit=limit, seed=seed)["prompt"])
+    prompts = list(load_prompts(dataset, split=split, limit=limit + tuning_prompts, seed=seed)["prompt"])
+    if len(prompts) < tuning_prompts + 2:
+        raise ValueError(
+            f"{dataset} has {len(prompts)} prompts in {split!r}; expected are {tuning_prompts} to choose strengths on "
+            "and two or more to test on. Lower --tuning-prompts, or name another --split or --tuning-split."
+        )
+    return prompts[:tuning_prompts], prompts[tuning_prompts:]
 
 
 def _fitted(rollouts: Path | None, model: Any, seed: int) -> tuple[dict[str, Head], frozenset[str]]:
