@@ -61,7 +61,7 @@ def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) 
         )
         if any(row.get(key) is not None for row in rows)
     ]
-    lines = [" | ".join(title for title, _ in columns), "|".join("---" for _ in columns)]
+    lines = [" | ".join(title for title, _ in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(row) for _, cell in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n\n" + _notes(rows, judges, facts)
 
