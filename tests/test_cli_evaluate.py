@@ -1,6 +1,7 @@
 """hf-recontrol evaluate, from files on the disk to a table: every row once, and only what is missing is made."""
 
 import json
+import sys
 
 import pytest
 from saved import save_all
@@ -101,6 +102,9 @@ def test_bad_input_is_refused_before_anything_is_generated(command, given, tmp_p
     assert "has 40 prompts in 'train'" in command("evaluate", *given, *to, "--tuning-prompts", 39, status=2)
     assert "--head is 'x'" in command("evaluate", *given, *to, "--head", "x", status=2)
     assert "gives 'RE-Control' two meanings" in command("evaluate", *given, *to, "--head", "RE-Control=x", status=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert 'pip install "hf-recontrol[plots]"' in command("evaluate", *given, *to, status=2)
     assert not (tmp_path / "out" / "answers").exists()
 
 

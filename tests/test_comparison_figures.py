@@ -6,6 +6,9 @@ import sys
 from itertools import combinations
 
 import pytest
+
+pytest.importorskip("matplotlib")
+
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from test_plots import drawn_inside, legend_texts, lines

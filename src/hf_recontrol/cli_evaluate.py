@@ -15,6 +15,7 @@ from .cli_rollouts import Dtype
 from .comparison import Answered, Comparison, Entry, figures
 from .comparison_heads import ShuffledRewards, fit_static_head, random_direction
 from .comparison_report import write_report
+from .figure_style import new_figure
 from .fitting import fit_linear_head
 from .head import Head
 from .prompts import load_prompts
@@ -109,6 +110,8 @@ def evaluate(
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (extra: plots).")] = True,
 ) -> None:
     """Compare heads with the paper's baselines at equal KL: a table, figures, and all answers, in a folder."""
+    if plots:
+        new_figure(1, 1)  # without matplotlib it says how to get it, before anything is computed
     targets = sorted(nats or [1.0, 4.0])
     tuned_on, tested_on = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
     language, tokenizer = language_model(model, dtype=dtype.value)
