@@ -2,12 +2,13 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 from saved import save_all
 from tiny import tiny_head
 
-from hf_recontrol import baselines, comparison
+from hf_recontrol import baselines, cli_evaluate, comparison
 
 SMALL = ("--max-new-tokens", 5, "--limit", 12, "--tuning-prompts", 8, "--split", "train", "--nats", 0.5, "--best-of", 2)
 
@@ -95,6 +96,25 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(command, given, tmp_path, m
     methods = [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
     assert methods == ["base", "prompting", "best-of-2", "CD (ARGS), top 10 only", "RE-Control", "random direction"]
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_evaluate, "sweep_rows", partial(cli_evaluate.sweep_rows, step_sizes=(1.0,)))
+    skipped = [part for name in ("CD prefix", "CD (ARGS)") for part in ("--skip", name)]
+    extra = ("--sweep", "--batch-sizes", 1, "--batch-sizes", 2, "--output-dir", tmp_path)
+    command("evaluate", *given, *skipped, *extra)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["method"], row["num_steps"]) for row in results["sweep"]} >= {("RE-Control", 3), ("RE-Control", 100)}
+    assert {row["batch_size"] for row in results["time"]} == {1, 2}
+    assert {"base", "prompting", "RE-Control", "best-of-2"} <= {row["method"] for row in results["time"]}
+    for picture in ("sweep.png", "time.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_name_that_the_comparison_uses_is_refused(command, files, given, tmp_path):
+    error = command("evaluate", *given, "--head", f"random direction={files.head}", "--output-dir", tmp_path, status=2)
+    assert "--head names ['random direction']" in error
 
 
 def test_bad_input_is_refused_before_anything_is_generated(command, given, tmp_path):

@@ -1,68 +1,24 @@
 """hf-recontrol evaluate: the methods of the paper's table on one model, one dataset and one reward."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from transformers.utils import logging
 
-from .baselines import ARGS, Base, BestOfN, Checkpoint, Method, PrefixScorer, Prompted
-from .calibration import calibrate, sample_states
+from .baselines import Base
 from .cli_inputs import ends_at_sigterm, language_model, named_heads, reward_functions
 from .cli_rollouts import Dtype
 from .comparison import Answered, Comparison, Entry, figures
-from .comparison_heads import ShuffledRewards, fit_static_head, random_direction
+from .comparison_plan import Plan, fitted_heads
 from .comparison_report import write_report
+from .comparison_sweeps import sweep_rows, time_rows
 from .figure_style import new_figure
-from .fitting import fit_linear_head
 from .head import Head
 from .prompts import load_prompts
 from .rewards import Rewards, Text
-from .rollout_dataset import RolloutDataset
 from .sampling import Sampler
-from .tuning import Family, Strengths, steered_by
-from .value_head import ValueHead
-
-CANDIDATES = 10
-
-
-@dataclass
-class Plan:
-    """What is compared."""
-
-    sampler: Sampler
-    rewards: Rewards
-    heads: dict[str, Head]
-    checkpoints: dict[str, Any]
-    placebos: frozenset[str]
-    best_of: list[int]
-    skip: frozenset[str]
-
-    def fixed(self) -> Iterator[Method]:
-        """Methods without a strength."""
-        yield Prompted(Base())
-        for n in self.best_of:
-            yield BestOfN(self.rewards, n)
-        yield ARGS(self.rewards, top_k=CANDIDATES, name=f"CD (ARGS), top {CANDIDATES} only")
-        for name, model in self.checkpoints.items():
-            yield Checkpoint(name, model)
-
-    def families(self) -> Iterator[tuple[str, Family, float]]:
-        """Name, methods by strength, and a first guess of it."""
-        for name, head in self.heads.items():
-            start = float(getattr(head.config.control, head.config.control.multiplier))
-            yield name, steered_by(head, name), start
-        first = next(iter(self.heads.items()), None)
-        if first is not None:
-            family = steered_by(first[1], first[0])
-            yield f"{first[0]} + prompting", lambda x: Prompted(family(x)), 1.0
-        kept: dict[str, Any] = {"top_k": CANDIDATES, "keep_others": True}
-        yield "CD (ARGS)", lambda weight: ARGS(self.rewards, weight, **kept), 1.0
-        scorer = next((head for head in self.heads.values() if isinstance(head, ValueHead)), None)
-        if scorer is not None:
-            yield "CD prefix", lambda weight: PrefixScorer(scorer, weight, **kept), 1.0
+from .tuning import Strengths
 
 
 def evaluate(
@@ -107,6 +63,12 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Of the prompts' choice and the sampling.")] = 0,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Also what α and n do to the first value head, on the tuning prompts.")
+    ] = False,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Also what a token costs in batches of so many. Repeat it.")
+    ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (extra: plots).")] = True,
 ) -> None:
     """Compare heads with the paper's baselines at equal KL: a table, figures, and all answers, in a folder."""
@@ -118,18 +80,24 @@ def evaluate(
     rewards, *others = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
     judges = {"judge" if i == 1 else f"judge_{i}": one for i, one in enumerate(others, 1)}
     sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed)
-    heads = {name: Head.from_pretrained(ref) for name, ref in named_heads(head or [], "--head").items()}
+    heads: dict[str, Head] = {
+        name: Head.from_pretrained(ref) for name, ref in named_heads(head or [], "--head").items()
+    }
     models = named_heads(checkpoint or [], "--checkpoint")
     checkpoints = {name: language_model(ref, dtype=dtype.value)[0] for name, ref in models.items()}
-    fitted, placebos = _fitted(rollouts, language, seed)
-    plan = Plan(sampler, rewards, heads | fitted, checkpoints, placebos, best_of or [4, 16], frozenset(skip or []))
+    fitted = fitted_heads(rollouts, language, seed)
+    if taken := sorted(fitted.keys() & heads.keys()):
+        raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
+    plan = Plan(rewards, heads | fitted, checkpoints, best_of or [4, 16], frozenset(skip or []))
     with ends_at_sigterm():
         tuned = Comparison(sampler, tuned_on, output_dir / "tuning")
         comparison = Comparison(sampler, tested_on, output_dir, answers=answers)
-        rows = _run(plan, comparison, Strengths(tuned, output_dir / "strengths.json", targets), judges)
+        strengths = Strengths(tuned, output_dir / "strengths.json", targets)
+        rows = _run(plan, comparison, strengths, judges)
+        more = _more(plan, tuned, strengths, judges, sweep, batch_sizes or [])
     facts = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0], "seed": seed}
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward"}
-    write_report(rows, output_dir, judges=[*judges, "reward"], facts=facts, figures=plots)
+    write_report(rows, output_dir, judges=[*judges, "reward"], facts=facts, more=more, figures=plots)
     typer.echo((output_dir / "table.md").read_text(encoding="utf-8"))
 
 
@@ -149,41 +117,34 @@ def _prompts(
     return prompts[:tuning_prompts], prompts[tuning_prompts:]
 
 
-def _fitted(rollouts: Path | None, model: Any, seed: int) -> tuple[dict[str, Head], frozenset[str]]:
-    """The heads that need no training, calibrated, and which of them are placebos."""
-    width = model.get_output_embeddings().weight.shape[1]
-    found: dict[str, Head] = {"random direction": random_direction(width, seed)}
-    if rollouts is None:
-        return found, frozenset(found)
-    train, held_out = RolloutDataset(rollouts).split(0.1, seed=seed)
-    found |= {
-        "Static RE": fit_static_head(train),
-        "linear head": fit_linear_head(train),
-        "linear head, shuffled rewards": fit_linear_head(ShuffledRewards(train, seed)),
-    }
-    for one in found.values():
-        calibrate(one, model, sample_states(held_out, seed=seed))
-    return found, frozenset({"random direction", "linear head, shuffled rewards"})
-
-
 def _run(plan: Plan, comparison: Comparison, strengths: Strengths, judges: dict[str, Rewards]) -> list[dict[str, Any]]:
     scorers = {**judges, "reward": plan.rewards}
     base = comparison.answered(Entry(Base()))
     rows = [figures(base, base, scorers)]
     with logging.tqdm(desc="methods") as bar:
-        for entry in _entries(plan, strengths):
+        for entry in plan.entries(strengths):
             answered: Answered = comparison.answered(entry)
             rows.append(figures(answered, base, scorers))
             bar.update()
     return rows
 
 
-def _entries(plan: Plan, strengths: Strengths) -> Iterator[Entry]:
-    for method in plan.fixed():
-        if method.name not in plan.skip:
-            yield Entry(method)
-    for name, family, start in plan.families():
-        if name not in plan.skip:
-            found = zip(strengths.targets, strengths.of(family, start), strict=True)
-            for target, (multiplier, _) in found:
-                yield Entry(family(multiplier), target, name in plan.placebos)
+def _more(
+    plan: Plan,
+    tuned: Comparison,
+    strengths: Strengths,
+    judges: dict[str, Rewards],
+    sweep: bool,
+    batch_sizes: list[int],
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the name of their figure."""
+    more: dict[str, list[dict[str, Any]]] = {}
+    if sweep and plan.value_head is not None:
+        name, head = plan.value_head
+        more["sweep"] = sweep_rows(tuned, head, name, {**judges, "reward": plan.rewards})
+    if batch_sizes:
+        strongest = max(strengths.targets)
+        methods = [entry.method for entry in plan.entries(strengths) if entry.setting in (None, strongest)]
+        prompts = [tuned.prompts[i % len(tuned.prompts)] for i in range(max(batch_sizes))]
+        more["time"] = time_rows(tuned.sampler, prompts, [Base(), *methods], batch_sizes)
+    return more

@@ -16,31 +16,38 @@ def write_report(
     *,
     judges: Sequence[str],
     facts: Mapping[str, Any],
+    more: Mapping[str, Sequence[Row]] | None = None,
     figures: bool = True,
 ) -> None:
-    """Write results.json, table.md, and with `figures` (matplotlib) comparison.png and kl.png.
+    """Write results.json, table.md, and with `figures` (matplotlib) comparison.png, kl.png and those of `more`.
 
     Args:
         rows: one for each method at each setting; see comparison.figures.
         output_dir: made if it does not exist.
         judges: the names of the judges in the rows, the one that matters first.
         facts: of the run, for results.json and the line under the table.
+        more: rows of other figures: "sweep" and "time", see comparison_sweeps.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"facts": dict(facts), "judges": list(judges), "rows": list(rows)}
+    results = {"facts": dict(facts), "judges": list(judges), "rows": list(rows), **(more or {})}
     data = json.dumps(_without_nan(results), indent=1, ensure_ascii=False) + "\n"
     (folder / "results.json").write_text(data, encoding="utf-8")
     (folder / "table.md").write_text(table(rows, judges, facts), encoding="utf-8")
     if figures:
-        from .comparison_figures import comparison_figure, kl_figure
+        for name, figure in _figures(rows, judges[0], more or {}).items():
+            figure.savefig(folder / f"{name}.png", dpi=100)
 
-        settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
-        shown = settings[len(settings) // 2] if settings else None
-        bars = [row for row in rows if row["setting"] in (None, shown)]
-        comparison_figure(bars, by=judges[0]).savefig(folder / "comparison.png", dpi=100)
-        if {"judge", "reward"} & set(judges):
-            kl_figure(rows).savefig(folder / "kl.png", dpi=100)
+
+def _figures(rows: Sequence[Row], judge: str, more: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    from .comparison_figures import comparison_figure, kl_figure, sweep_figure, time_figure
+
+    settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
+    shown = settings[len(settings) // 2] if settings else None
+    bars = [row for row in rows if row["setting"] in (None, shown)]
+    figures: dict[str, Any] = {"comparison": comparison_figure(bars, by=judge), "kl": kl_figure(rows)}
+    draw = {"sweep": sweep_figure, "time": time_figure}
+    return figures | {name: draw[name](some) for name, some in more.items()}
 
 
 def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:

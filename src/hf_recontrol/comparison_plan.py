@@ -1,0 +1,91 @@
+"""Which methods a comparison has: the paper's, as far as heads, checkpoints and rollouts are given, and placebos."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .baselines import ARGS, Base, BestOfN, Checkpoint, Method, PrefixScorer, Prompted
+from .calibration import calibrate, sample_states
+from .comparison import Entry
+from .comparison_heads import ShuffledRewards, fit_static_head, random_direction
+from .fitting import fit_linear_head
+from .head import Head
+from .rewards import Rewards
+from .rollout_dataset import RolloutDataset
+from .tuning import Family, Strengths, steered_by
+from .value_head import ValueHead
+
+CANDIDATES = 10
+PLACEBOS = frozenset({"random direction", "linear head, shuffled rewards"})
+
+
+@dataclass
+class Plan:
+    """What is compared."""
+
+    rewards: Rewards
+    """What best-of-n chooses by and CD is guided by."""
+    heads: dict[str, Head]
+    """By name. The first is also combined with prompting, the first value head is also the scorer of CD prefix."""
+    checkpoints: dict[str, Any]
+    best_of: list[int]
+    skip: frozenset[str] = frozenset()
+    """Names of rows to leave out."""
+
+    def entries(self, strengths: Strengths) -> Iterator[Entry]:
+        """All but the base model; strengths are found as they are needed."""
+        for method in self.fixed():
+            if method.name not in self.skip:
+                yield Entry(method)
+        for name, family, start in self.families():
+            if name not in self.skip:
+                for target, (multiplier, _) in zip(strengths.targets, strengths.of(family, start), strict=True):
+                    yield Entry(family(multiplier), target, name in PLACEBOS)
+
+    @property
+    def value_head(self) -> tuple[str, ValueHead] | None:
+        """The first, with its name."""
+        found = ((name, head) for name, head in self.heads.items() if isinstance(head, ValueHead))
+        return next(found, None)
+
+    def fixed(self) -> Iterator[Method]:
+        """Methods without a strength."""
+        yield Prompted(Base())
+        for n in self.best_of:
+            yield BestOfN(self.rewards, n)
+        yield ARGS(self.rewards, top_k=CANDIDATES, name=f"CD (ARGS), top {CANDIDATES} only")
+        for name, model in self.checkpoints.items():
+            yield Checkpoint(name, model)
+
+    def families(self) -> Iterator[tuple[str, Family, float]]:
+        """Name, methods by strength, and a first guess of it."""
+        for name, head in self.heads.items():
+            start = float(getattr(head.config.control, head.config.control.multiplier))
+            yield name, steered_by(head, name), start
+        first = next(iter(self.heads.items()), None)
+        if first is not None:
+            family = steered_by(first[1], first[0])
+            yield f"{first[0]} + prompting", lambda x: Prompted(family(x)), 1.0
+        kept: dict[str, Any] = {"top_k": CANDIDATES, "keep_others": True}
+        yield "CD (ARGS)", lambda weight: ARGS(self.rewards, weight, **kept), 1.0
+        if self.value_head is not None:
+            _, scorer = self.value_head
+            yield "CD prefix", lambda weight: PrefixScorer(scorer, weight, **kept), 1.0
+
+
+def fitted_heads(rollouts: Path | None, model: Any, seed: int) -> dict[str, Head]:
+    """Heads that need no training: a random direction, and of rollouts Static RE, a linear head and its placebo."""
+    width = model.get_output_embeddings().weight.shape[1]
+    found: dict[str, Head] = {"random direction": random_direction(width, seed)}
+    if rollouts is None:
+        return found
+    train, held_out = RolloutDataset(rollouts).split(0.1, seed=seed)
+    found |= {
+        "Static RE": fit_static_head(train),
+        "linear head": fit_linear_head(train),
+        "linear head, shuffled rewards": fit_linear_head(ShuffledRewards(train, seed)),
+    }
+    for one in found.values():
+        calibrate(one, model, sample_states(held_out, seed=seed))
+    return found
