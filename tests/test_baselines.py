@@ -169,6 +169,21 @@ def _kl(sampler, read, plain, answer, keep_others):
     return float((p * (guided.log_softmax(-1) - base.log_softmax(-1)))[p > 0].sum())
 
 
+def test_a_model_that_samples_otherwise_by_itself_is_sampled_plainly(sampler):
+    plain = Base().answer(replace(sampler, generation=Sampler(None, None).generation), PROMPTS)
+    sampler.model.generation_config.update(do_sample=True, temperature=0.1, top_p=0.1, top_k=2)
+    assert Base().answer(replace(sampler, generation=Sampler(None, None).generation), PROMPTS) == plain
+
+
+def test_without_meters_the_answers_are_the_same(sampler):
+    method = ARGS(Rewards(Length()), 2.0, 3)
+    bare = method.answer(replace(sampler, meters=False), PROMPTS)
+    assert [[row | {"kl": None} for row in rows] for rows in method.answer(sampler, PROMPTS)] == [
+        [row | {"kl": None} for row in rows] for rows in bare
+    ]
+    assert all("kl" not in row for rows in bare for row in rows)
+
+
 def test_methods_without_a_processor_have_no_kl_yet(sampler):
     assert all("kl" not in row for rows in Base().answer(sampler, PROMPTS) for row in rows)
 

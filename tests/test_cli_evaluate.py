@@ -13,6 +13,11 @@ from hf_recontrol import baselines, cli_evaluate, comparison
 SMALL = ("--max-new-tokens", 5, "--limit", 12, "--tuning-prompts", 8, "--split", "train", "--nats", 0.5, "--best-of", 2)
 
 
+def without(*names):
+    """What takes long is left out, but where it is looked for."""
+    return [part for name in names for part in ("--skip", name)]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
@@ -56,6 +61,7 @@ def test_the_table_has_every_method_and_a_second_run_makes_nothing(command, file
         ("RE-Control + prompting", 0.5),
         ("CD (ARGS)", 0.5),
         ("CD prefix", 0.5),
+        ("CD prefix + prompting", 0.5),
     }
     for row in rows.values():
         assert row["judge"]["n"] == row["reward"]["n"] == 12
@@ -79,7 +85,7 @@ def test_the_table_has_every_method_and_a_second_run_makes_nothing(command, file
 
 @pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
 def test_a_run_that_was_stopped_goes_on_where_it_was(command, given, tmp_path, monkeypatch):
-    skipped = [part for name in ("CD prefix", "CD (ARGS)", "RE-Control + prompting") for part in ("--skip", name)]
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)", "RE-Control + prompting")
     arguments = ("evaluate", *given, "--output-dir", tmp_path, *skipped, "--no-plots")
     stock = baselines.BestOfN.answer
 
@@ -101,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(command, given, tmp_path, m
 @pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
 def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_evaluate, "sweep_rows", partial(cli_evaluate.sweep_rows, step_sizes=(1.0,)))
-    skipped = [part for name in ("CD prefix", "CD (ARGS)") for part in ("--skip", name)]
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)")
     extra = ("--sweep", "--batch-sizes", 1, "--batch-sizes", 2, "--output-dir", tmp_path)
     command("evaluate", *given, *skipped, *extra)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -137,7 +143,7 @@ def test_strengths_can_be_chosen_on_another_split(command, files, given, tmp_pat
         (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     given = [*given[:2], "--dataset", folder, *given[4:]]
     given[given.index("--split") + 1] = "test"
-    skipped = [part for name in ("CD prefix", "CD (ARGS)", "RE-Control") for part in ("--skip", name)]
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)", "RE-Control")
     command(
         "evaluate", *given, *skipped, "--tuning-split", "validation", "--output-dir", tmp_path / "out", "--no-plots"
     )

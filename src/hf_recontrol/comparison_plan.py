@@ -72,6 +72,7 @@ class Plan:
         if self.value_head is not None:
             _, scorer = self.value_head
             yield "CD prefix", lambda weight: PrefixScorer(scorer, weight, **kept), 1.0
+            yield "CD prefix + prompting", lambda weight: Prompted(PrefixScorer(scorer, weight, **kept)), 1.0
 
 
 def fitted_heads(rollouts: Path | None, model: Any, seed: int) -> dict[str, Head]:

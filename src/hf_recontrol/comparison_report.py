@@ -99,7 +99,7 @@ def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any])
         f"bootstrap over {counts} prompts. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
         "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
         "Diversity: of the first 20 words. Forwards: rows of a model for each token. ms per token: of all answers "
-        "together, in batches."
+        "together, in batches; of CD with the measuring of its KL."
     )
     if any(row["placebo"] for row in rows):
         columns += " †: a placebo, which has nothing to find."

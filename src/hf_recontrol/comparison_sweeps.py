@@ -74,7 +74,7 @@ def time_rows(
     seconds: dict[int, list[float]] = {place: [] for place in range(len(cells))}
     for number in range(ROUNDS + 1):
         for place, (method, size) in enumerate(cells):
-            took = _seconds_per_token(replace(sampler, batch_size=size), prompts[:size], method)
+            took = _seconds_per_token(replace(sampler, batch_size=size, meters=False), prompts[:size], method)
             if number:
                 seconds[place].append(took)
     return [

@@ -95,8 +95,12 @@ class Sampler:
     batch_size: int = 16
     """Prompts generated together."""
     seed: int = 0
-    generation: dict[str, Any] = field(default_factory=lambda: {"do_sample": True, "top_p": 1.0, "top_k": 0})
+    generation: dict[str, Any] = field(
+        default_factory=lambda: {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    )
     """More for generate(). The default is the model's own softmax, of which the KL is measured."""
+    meters: bool = True
+    """Whether what a processor spends is measured, which costs time."""
     instruction: str = ""
     """What the model reads in front of each prompt; of a message list at the beginning of its system message. Rows and
     rewards do not see it."""
@@ -123,8 +127,8 @@ class Sampler:
 
         Returns:
             For each prompt, in order, its answers: {"prompt", "completion", "token_ids" (EOS included, no padding)},
-            and with a processor "kl": of each token, KL(p ‖ p_base) in nats, p_base what the model gives without the
-            processor and without the instruction.
+            and with a processor, unless `meters` is False, "kl": of each token, KL(p ‖ p_base) in nats, p_base what
+            the model gives without the processor and without the instruction.
         """
         rows: list[list[Row]] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -188,6 +192,8 @@ class Sampler:
     ) -> list[LogitsProcessor]:
         if processor is not None:
             batch = Batch(prompts, ids, mask)
+            if not self.meters:
+                return [processor(batch)]
             meters.append(_Meter(processor(batch)) if not self.instruction else self._instructed(processor, batch))
         return list(meters)
 
