@@ -143,6 +143,9 @@ def test_the_figures_of_a_method(comparison, sampler):
     tokens = sum(len(r["token_ids"]) for r in rows_of(steered))
     assert row["seconds_per_token"] == steered.seconds / tokens
     assert (row["method"], row["setting"], row["placebo"], row["forwards_per_token"]) == ("RE-Control", 2.0, False, 1)
+    assert row["answers_cut"] == sum(
+        len(answer["token_ids"]) == 6 and answer["token_ids"][-1] != 2 for answer in rows_of(steered)
+    )
     assert figures(base, base, judges)["judge"]["mean"] == 0
     json.dumps(row)
 
@@ -150,3 +153,13 @@ def test_the_figures_of_a_method(comparison, sampler):
 def test_one_prompt_is_refused(sampler, tmp_path):
     with pytest.raises(ValueError, match=r"There are 1 prompts .* two prompts or more"):
         Comparison(sampler, PROMPTS[:1], tmp_path)
+
+
+def test_answers_that_are_cut_or_empty_are_counted(sampler, tmp_path):
+    """Of a model that ends at any of many tokens."""
+    ending = dataclasses.replace(sampler, generation={"do_sample": True, "eos_token_id": list(range(2, 40))})
+    base = Comparison(ending, PROMPTS, tmp_path).answered(Entry(Base()))
+    row = figures(base, base, {"judge": Rewards(lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids])})
+    lengths = [len(answer["token_ids"]) for answer in rows_of(base)]
+    assert row["answers_empty"] == lengths.count(1) > 0
+    assert row["answers_cut"] + row["answers_empty"] < len(lengths)

@@ -24,6 +24,8 @@ from .rollout_settings import generation_defaults, model_facts, tokenizer_facts
 from .sampling import Sampler
 from .token_statistics import token_statistics
 
+ENDS = {"answers_cut": "length", "answers_empty": "empty"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -171,8 +173,9 @@ def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], *
 
     Returns:
         {"method", "setting", "placebo", "kl_per_answer" (nats), "kl_is_bound", "perplexity_ratio" (to base),
-        "seconds_per_token", "forwards_per_token", "batch_size" …, what evaluate_answers measures, and by each judge's
-        name the gain over base in its standard deviations: {"mean", "low", "high", "n"}, 95 % interval over prompts}.
+        "seconds_per_token", "forwards_per_token", "peak_memory" (bytes, on an accelerator), "answers_cut" and
+        "answers_empty" (how many), what evaluate_answers measures, and by each judge's name the gain over base in its
+        standard deviations: {"mean", "low", "high", "n"}, 95 % interval over prompts}.
     """
     rows = [row for of_prompt in answered.answers for row in of_prompt]
     spent = [row["kl"] for row in rows]
@@ -187,6 +190,7 @@ def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], *
     row["perplexity_ratio"] = _perplexity(answered) / _perplexity(base)
     row |= evaluate_answers(rows, **options)
     row["seconds_per_token"] = answered.seconds / sum(len(one["token_ids"]) for one in rows)
+    row |= {name: sum(one["finish_reason"] == reason for one in rows) for name, reason in ENDS.items()}
     row["forwards_per_token"] = answered.entry.method.forwards_per_token
     row["peak_memory"] = answered.peak_memory
     return row

@@ -126,9 +126,10 @@ class Sampler:
             num_return_sequences: answers to each prompt.
 
         Returns:
-            For each prompt, in order, its answers: {"prompt", "completion", "token_ids" (EOS included, no padding)},
-            and with a processor, unless `meters` is False, "kl": of each token, KL(p ‖ p_base) in nats, p_base what
-            the model gives without the processor and without the instruction.
+            For each prompt, in order, its answers: {"prompt", "completion", "token_ids" (EOS included, no padding),
+            "finish_reason": "eos", "length" where it was cut, or "empty" where it is EOS alone}; with a processor,
+            unless `meters` is False, also "kl": of each token, KL(p ‖ p_base) in nats, p_base what the model gives
+            without the processor and without the instruction.
         """
         rows: list[list[Row]] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -220,7 +221,8 @@ class Sampler:
         return prompt_token_ids(self.tokenizer, [{"role": "system", "content": self.instruction}, *prompt])
 
     def row(self, prompt: Text, token_ids: list[int]) -> Row:
-        """{"prompt", "completion", "token_ids"}."""
+        """{"prompt", "completion", "token_ids", "finish_reason": "eos", "length", or "empty" of EOS alone}."""
         text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        return {"prompt": prompt, "completion": completion, "token_ids": token_ids}
+        _, finish_reason = end_of_answer(token_ids, self.eos_token_ids)
+        return {"prompt": prompt, "completion": completion, "token_ids": token_ids, "finish_reason": finish_reason}
