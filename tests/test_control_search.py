@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import random
 import sys
@@ -169,7 +170,7 @@ def test_a_calibration_still_means_the_same_when_the_steps_have_changed(options)
 
 
 def test_a_trial_that_is_not_finite_is_kept_and_cannot_win(search, monkeypatch):
-    head = tiny_head(control=ControlDefaults(step_size=2.0, num_steps=20))
+    head = tiny_head(control=ControlDefaults(step_size=20.0, num_steps=64))
     stock = Rewards.__call__
     calls = []
 
@@ -179,8 +180,9 @@ def test_a_trial_that_is_not_finite_is_kept_and_cannot_win(search, monkeypatch):
         return result if len(calls) != 2 else type(result)([None] * len(prompts), {}, {})
 
     monkeypatch.setattr(Rewards, "__call__", second_is_unrewarded)
-    found = search(head, trials=4, max_perplexity_ratio=1e6, objective=lambda figures: figures["reward"])
+    found = search(head, trials=4, objective=lambda figures: figures["kl_per_answer"])
     bad = found.trials[1]
+    assert bad.figures["kl_per_answer"] > max(trial.figures["kl_per_answer"] for trial in found.trials[2:])
     assert len(found.trials) == 4
     assert math.isnan(bad.figures["reward"])
     assert math.isnan(bad.score)
@@ -231,19 +233,23 @@ def test_a_figure_that_is_not_finite_is_on_no_front():
 def test_what_is_noted_is_the_choice_and_the_front_of_no_more_than_4_kib():
     figures = {"coherence": 0.123456, "diversity": 0.123456, "kl_per_answer": 12.3456, "length": 6.0}
     trials = [trial_of(i, i / 7, 30 + i / 7, **figures) for i in range(100)]
+    long = [Trial(i, {"step_size": 1e-5 / (3 + i), "num_steps": 9}, trial.figures, 0) for i, trial in enumerate(trials)]
     head = tiny_head()
     head.config.info = {"notes": "kept", "tuning": "of before"}
+    Search(long, "🎬" * 5000, "perplexity", 24).apply_to(head)
+    assert len(json.dumps(head.config.info["tuning"])) <= MAX_TUNING_BYTES
+    assert 10 < len(head.config.info["tuning"]["front"]) < 24
     Search(trials, "x" * 5000, "perplexity", 24).apply_to(head)
     noted = head.config.info["tuning"]
     assert len(json.dumps(noted)) <= MAX_TUNING_BYTES
-    assert len(noted["front"]) == 16
+    assert len(noted["front"]) == 24
     assert [row["step_size"] for row in (noted["front"][0], noted["front"][-1])] == [0, 99]  # its ends
     assert noted["front"][-1]["reward"] == 14.14
     assert (noted["trials"], noted["prompts"]) == (100, 24)
     assert head.config.info["notes"] == "kept"
     head.config.info["notes"] = "x" * (16 * 1024 - 1500)
     Search(trials, "mine", "perplexity", 24).apply_to(head)
-    assert 2 < len(head.config.info["tuning"]["front"]) < 16
+    assert 2 < len(head.config.info["tuning"]["front"]) < 24
 
 
 def test_the_card_has_the_front_as_a_table(search):
@@ -330,10 +336,31 @@ def test_figures_that_are_not_finite_without_control_end_the_search_at_once(samp
         )
 
 
-def test_optuna_says_nothing_and_is_left_as_talkative_as_it_was(search, capfd):
+def test_optuna_says_nothing_and_is_left_as_talkative_as_it_was(search, caplog, monkeypatch):
     import optuna
 
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     before = optuna.logging.get_verbosity()
-    search(tiny_head(), trials=3)
-    assert "study" not in capfd.readouterr().err
-    assert optuna.logging.get_verbosity() == before
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        search(tiny_head(), trials=3)
+        assert caplog.messages == []
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def test_the_sampler_hears_of_what_cannot_win_as_the_worse_the_further_it_is_off(search, monkeypatch):
+    import optuna
+
+    told, stock = [], optuna.study.Study.tell
+    monkeypatch.setattr(optuna.study.Study, "tell", lambda *given: told.append(given[2]) or stock(*given))
+    found = search(tiny_head(control=ControlDefaults(step_size=2.0, num_steps=20)), trials=12, max_perplexity_ratio=1.1)
+    heard = list(zip(found.trials[1:], told, strict=True))
+    able = [value for trial, value in heard if trial.can_win]
+    unable = sorted((trial.figures["perplexity_ratio"], value) for trial, value in heard if not trial.can_win)
+    assert len(able) > 1
+    assert len(unable) > 1
+    assert able == [trial.score for trial, _ in heard if trial.can_win]
+    assert [value for _, value in unable] == sorted((value for _, value in unable), reverse=True)
+    assert unable[0][1] < min(able)

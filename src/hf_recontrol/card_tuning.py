@@ -5,7 +5,7 @@ from typing import Any
 
 from .card_text import code, mapping, number
 
-MAX_ROWS = 16
+MAX_ROWS = 24
 FIGURES = {
     "reward": "reward",
     "perplexity": "perplexity",

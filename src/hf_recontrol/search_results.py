@@ -16,7 +16,7 @@ Figures = dict[str, float]
 AGAINST = {"perplexity": -1, "coherence": 1}
 """What a front trades the reward for, and whether that is to be low or high."""
 MAX_TUNING_BYTES = 4096
-MAX_POINTS = 16
+MAX_POINTS = 24
 NOTED = ("reward", "perplexity", "coherence", "diversity", "kl_per_answer")
 
 
@@ -42,7 +42,7 @@ class Trial:
 
     @property
     def can_win(self) -> bool:
-        return self.is_finite and math.isfinite(self.score)
+        return math.isfinite(self.score)
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Search:
         """Of the highest score; the first of equals, so that control has to earn its place.
 
         Raises:
-            ValueError: none has a finite score and finite figures.
+            ValueError: none has a finite score.
         """
         able = [trial for trial in self.trials if trial.can_win]
         if not able:
             raise ValueError(
-                f"None of the {len(self.trials)} trials has a finite score by {self.objective!r} and finite figures, "
-                "so none can be chosen. Let the objective return a finite number for answers that will do."
+                f"None of the {len(self.trials)} trials has a finite score by {self.objective!r}, so none can be "
+                "chosen. Let the objective return a finite number for answers that will do."
             )
         return max(able, key=lambda trial: trial.score)
 
@@ -93,9 +93,9 @@ class Search:
         """
         chosen = self.best
         set_control(head, chosen.options)
-        others = {name: value for name, value in head.config.info.items() if name != "tuning"}
-        room = min(MAX_TUNING_BYTES, MAX_INFO_BYTES - len(json.dumps({**others, "tuning": ""})))
-        head.config.info = {**others, "tuning": self._noted(chosen, room)}
+        info = head.config.info
+        room = min(MAX_TUNING_BYTES, MAX_INFO_BYTES - len(json.dumps({**info, "tuning": ""})))
+        head.config.info = {**info, "tuning": self._noted(chosen, room)}
         head.config.validate()
 
     def _noted(self, chosen: Trial, room: int) -> dict[str, Any]:
