@@ -11,6 +11,9 @@ from tiny import tiny_control_head, tiny_head
 from hf_recontrol import Head
 from hf_recontrol.sampling import Sampler
 
+pytest.importorskip("datasets")
+pytest.importorskip("optuna")
+
 OBJECTIVE = """
 def spends(figures):
     return figures["kl_per_answer"]

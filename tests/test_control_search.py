@@ -17,6 +17,8 @@ from hf_recontrol.rewards import Rewards
 from hf_recontrol.sampling import Sampler
 from hf_recontrol.search_results import MAX_TUNING_BYTES, Search, Trial, pareto_front, set_control
 
+optuna = pytest.importorskip("optuna")
+
 PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 29)]
 TABLE = [[0.02, 0.5], [0.1, 1.2], [0.4, 2.6]]
 
@@ -337,8 +339,6 @@ def test_figures_that_are_not_finite_without_control_end_the_search_at_once(samp
 
 
 def test_optuna_says_nothing_and_is_left_as_talkative_as_it_was(search, caplog, monkeypatch):
-    import optuna
-
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.INFO)
@@ -351,8 +351,6 @@ def test_optuna_says_nothing_and_is_left_as_talkative_as_it_was(search, caplog, 
 
 
 def test_the_sampler_hears_of_what_cannot_win_as_the_worse_the_further_it_is_off(search, monkeypatch):
-    import optuna
-
     told, stock = [], optuna.study.Study.tell
     monkeypatch.setattr(optuna.study.Study, "tell", lambda *given: told.append(given[2]) or stock(*given))
     found = search(tiny_head(control=ControlDefaults(step_size=2.0, num_steps=20)), trials=12, max_perplexity_ratio=1.1)
