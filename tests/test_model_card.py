@@ -17,6 +17,19 @@ INFO = {
         "rank_correlation": [0.1, 0.2, 0.3, 0.4],
         "answers": 600,
     },
+    "tuning": {
+        "objective": "reward",
+        "max_perplexity_ratio": 1.2,
+        "against": "perplexity",
+        "trials": 20,
+        "prompts": 100,
+        "chosen": {"strength": 0.123456, "reward": 0.75, "perplexity": 12.3456, "diversity": 0.5},
+        "front": [
+            {"step_size": 0.0, "reward": 0.25, "perplexity": 10.0, "diversity": 0.5},
+            {"strength": 0.123456, "reward": 0.75, "perplexity": 12.3456, "diversity": 0.5},
+            {"step_size": 2.5, "num_steps": 8, "reward": 1.5, "perplexity": 80},
+        ],
+    },
     "data": "user/prompts",
     "license": "cc-by-4.0",
     "language": "en",
@@ -86,12 +99,36 @@ def test_the_curves_of_the_run_are_shown_point_by_point():
     assert "| while training |" not in split(card(CardFacts()))[1]
 
 
+def test_a_search_of_the_control_is_shown_with_its_front():
+    _, body = split(card(FULL))
+    section = body[body.index("## Tuning") : body.index("## Limits")].splitlines()
+    assert "of 20 settings by the reward at a perplexity of at most 1.2 × that without control" in section[2]
+    assert "on 100 validation prompts" in section[2]
+    assert "none had a higher reward at as low a perplexity" in section[2]
+    assert section[4:] == [
+        "| control | reward | perplexity | diversity |",
+        "|---|---|---|---|",
+        "| none | 0.25 | 10 | 0.5 |",
+        "| strength 0.1235, chosen | 0.75 | 12.35 | 0.5 |",
+        "| α = 2.5, n = 8 | 1.5 | 80 |  |",
+        "",
+    ]
+
+
+def test_the_choice_is_shown_where_it_is_not_on_the_front():
+    noted = {"objective": "calm()", "chosen": {"scale": 2, "reward": 0.5}, "front": [{"scale": 1, "reward": 1.0}]}
+    _, body = split(card(CardFacts(info={"tuning": noted})))
+    assert "is the best by `calm()`, on validation prompts" in body
+    assert "| scale 2, chosen | 0.5 |\n| scale 1 | 1 |\n" in body
+
+
 def test_what_is_not_known_is_left_out():
     data, body = split(card(CardFacts()))
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
     assert "None" not in body
     assert "## Evaluation" not in body
     assert "## Training" not in body
+    assert "## Tuning" not in body
     assert "## Limits" in body
 
 
@@ -110,6 +147,11 @@ def test_a_name_cannot_break_out_of_the_card(text):
         "training": {text: text, "recipe": text},
         "evaluation": {text: 0.5, "explained_variance": 0.1, "answers": text},
         "curves": {text: [[1, 0.5], [text, text]], "b": text},
+        "tuning": {
+            **dict.fromkeys(("objective", "against", "trials", "prompts", "max_perplexity_ratio"), text),
+            "chosen": {text: text, "strength": text, "reward": 1},
+            "front": [{"step_size": text, "reward": text, text: 1}, text],
+        },
         "data": text,
         "license": text,
         "language": text,
@@ -119,6 +161,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
     )
     plain = {"training": {"a": "a", "recipe": "a"}, "evaluation": {"a": 0.5, "explained_variance": 0.1}, "data": "a"}
     plain["curves"] = {"a": [[1, 0.5]]}
+    plain["tuning"] = {"objective": "a", "chosen": {"reward": 1}, "front": [{"reward": "a"}]}
     harmless = CardFacts(
         repo_id="x", base_model="x y", base_model_revision="x", reward="x", reward_std=1.0, head="x", info=plain
     )
@@ -149,9 +192,14 @@ def test_a_local_path_is_never_named_as_the_base_model(path):
         {"evaluation": {"explained_variance": 0.1, "explained_variance_interval": "wide", "answers": True}},
         {"curves": {"a": 1, "b": [1, [2], [3, None], [True, 1], {}]}},
         {"curves": [1]},
+        {"evaluation": {"loss": 10**400}},
+        {"tuning": "text"},
+        {"tuning": {"chosen": [1], "front": {"a": 1}}},
+        {"tuning": {"chosen": {"strength": [1]}, "front": [1, None, {"reward": {}}], "trials": True, "objective": 1}},
+        {"tuning": {"chosen": {"scale": 10**400, "reward": 10**400}, "against": ["a"]}},
         {"training": {"nested": {"a": 1}, "list": [1]}, "data": 5, "license": 7, "language": ["en"]},
     ],
-    ids=range(6),
+    ids=range(11),
 )
 def test_info_of_another_form_does_no_harm(info):
     data, _ = split(card(CardFacts(info=info)))

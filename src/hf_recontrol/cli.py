@@ -13,6 +13,7 @@ from .cli_evaluate import evaluate
 from .cli_inputs import named_heads
 from .cli_rollouts import rollouts
 from .cli_train import train
+from .cli_tune import tune
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
 
 USER_ERRORS = (
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(rollouts)
 app.command()(evaluate)
+app.command()(tune)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 StepSize = Annotated[float | None, typer.Option(help="α of a value head; its own where not given.")]
@@ -124,64 +126,6 @@ def generate(
         typer.echo(str(show(output.recontrol_trace, tokenizer)))
     else:
         typer.echo(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
-
-
-@app.command()
-def tune(
-    head: Annotated[str, typer.Argument(help="A value or control head: a folder or an id on the Hub.")],
-    model: Annotated[str, typer.Option(help="Its base model: an id on the Hub or a folder.")],
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Find what spends 0.02 to 0.4 nats a token.")] = False,
-    rollouts: Annotated[
-        Path | None, typer.Option(help="A folder of the model's rollouts, to take states from.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Or a text file, a prompt a line, for the model to answer.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompts: tokens to write, at most.")] = 128,
-    output: Annotated[Path | None, typer.Option(help="Where the head is saved; HEAD where not given.")] = None,
-    revision: Revision = None,
-) -> None:
-    """Calibrate HEAD for its model, so that a strength in nats a token picks its step size, or its scale."""
-    from .calibration import calibrate as calibrate_head
-    from .calibration import sample_states
-    from .head import Head
-    from .rollout_dataset import RolloutDataset
-
-    if not calibrate:
-        raise ValueError("There is nothing to do: pass --calibrate.")
-    if (rollouts is None) == (prompts is None):
-        raise ValueError("Pass the hidden states' source: one of --rollouts FOLDER and --prompts FILE.")
-    if output is None and not Path(head).is_dir():
-        raise ValueError(f"{head!r} is not a folder, so the calibrated head has no place: pass --output FOLDER.")
-    loaded = Head.from_pretrained(head, revision=revision)
-    dataset = RolloutDataset(rollouts) if rollouts is not None else None
-    language_model, tokenizer = _model_and_tokenizer(model)
-    if prompts is not None:
-        dataset = _answers_to(prompts, language_model, tokenizer, max_new_tokens)
-    states = sample_states(dataset)
-    card = Path(output or head) / "README.md"
-    as_written = card.is_file() and card.read_text(encoding="utf-8") == loaded.model_card()
-    calibrate_head(loaded, language_model, states)
-    loaded.save_pretrained(output or head, replace_model_card=as_written)  # one edited by hand stays
-    control = loaded.config.control
-    steps = getattr(control, "num_steps", None)
-    typer.echo(f"On {len(states)} states" + (f", at n = {steps}:" if steps else ":"))
-    for kl, multiplier in control.calibration:
-        typer.echo(f"{kl:8g} nats a token: {control.multiplier.replace('_', ' ')} {multiplier:.4g}")
-    typer.echo(f"Saved in {output or head}. Its strength is {control.strength:g} unless told otherwise.")
-
-
-def _answers_to(prompts: Path, model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """One sampled answer of the model, with its states, to each line of a file."""
-    from .rollouts import collect_rollouts
-
-    def nothing(completions: list[str], **_: Any) -> list[float]:
-        return [0.0] * len(completions)
-
-    texts = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    with tempfile.TemporaryDirectory() as folder:
-        rollouts = collect_rollouts(model, tokenizer, texts, nothing, folder, max_new_tokens=max_new_tokens)
-        return [rollouts[i] for i in range(len(rollouts))]
 
 
 def _model_and_tokenizer(model: str) -> tuple[Any, Any]:

@@ -61,21 +61,26 @@ def reward_functions(
 
 
 def _reward_function(text: str) -> RewardFunc:
+    function: RewardFunc = function_or_name(text, "--reward")
+    return function
+
+
+def function_or_name(text: str, option: str) -> Any:
+    """The function that file.py:function stands for; a text of another form as it is."""
     path, _, name = text.rpartition(":")
     if text.endswith(".py"):
-        raise ValueError(f"--reward is {text!r}, a file; name the function in it: {text}:reward.")
+        raise ValueError(f"{option} is {text!r}, a file; name the function in it: {text}:{option.lstrip('-')}.")
     if not path.endswith(".py"):
         return text
     if not os.path.isfile(path):
-        raise ValueError(f"--reward is {text!r}, but there is no file {path!r}. Give file.py:function.")
+        raise ValueError(f"{option} is {text!r}, but there is no file {path!r}. Give file.py:function.")
     # As `python file.py` would: the user's own file, which the user names on this command line. No dataset, config.json
-    # or other data is ever asked for the name of a reward.
+    # or other data is ever asked for the name of a function.
     found = runpy.run_path(path)
     if not callable(found.get(name)):
         functions = sorted(key for key, value in found.items() if callable(value) and not key.startswith("_"))
-        raise ValueError(f"--reward is {text!r}, but {path} has no function {name!r}. It has {functions}.")
-    function: RewardFunc = found[name]
-    return function
+        raise ValueError(f"{option} is {text!r}, but {path} has no function {name!r}. It has {functions}.")
+    return found[name]
 
 
 def named_heads(named: Sequence[str], option: str) -> dict[str, str]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from .card_text import one_line
 from .errors import HeadMismatch
 from .head import Head
 from .head_config import HeadConfig, RewardScale, ValueHeadConfig
-from .model_card import one_line
 from .objectives import lambda_returns
 from .value_head import ValueHead
 

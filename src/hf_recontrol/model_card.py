@@ -1,7 +1,6 @@
 """The card of a head: facts in, text out. What is not known is left out; what a file says stays one line of text."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
+from .card_text import code, escaped, mapping, number, one_line, pair
+from .card_tuning import tuning_lines
+
 TAGS = ("recontrol", "test-time-alignment", "representation-editing")
-MAX_TEXT = 500
 MAX_POINTS = 24
 METRIC_NAMES = {
     "explained_variance": "Explained variance of the reward",
@@ -88,18 +89,18 @@ class CardFacts:
     """Pairs (mean KL per token in nats, the α at n steps, or the scale, that gives it)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
-    `name_interval`, `answers`, `seed`), data, license, language."""
+    `name_interval`, `answers`, `seed`), tuning (see Search.apply_to), data, license, language."""
 
 
 def card(facts: CardFacts) -> str:
-    """The text of README.md: YAML for the Hub, then what the head steers, how to use it, training, figures, limits.
+    """The text of README.md: YAML for the Hub, what the head steers, how to use it, training, figures, tuning, limits.
 
     A number in `info["evaluation"]` is a figure on held-out answers; `answers` there is how many, `seed` the seed, and
     `<name>_interval` a figure's 95 % interval. A list of numbers has one for each equal part of the answer.
     """
     results = _results(facts)
     base_model = _hub_id(facts.base_model)
-    answers = _number(_mapping(facts.info, "evaluation").get("answers"))
+    answers = number(mapping(facts.info, "evaluation").get("answers"))
     shown_results = [(escaped(result.metric_name), _with_interval(result)) for result in results]
     text: str = ModelCard.from_template(
         _yaml(facts, results),
@@ -115,31 +116,14 @@ def card(facts: CardFacts) -> str:
         keyword="recontrol_strength" if facts.strength is not None else f"recontrol_{_multiplier(facts)}",
         multiplier=_multiplier(facts).replace("_", " "),
         calibration=[(f"{kl:g}", f"{step_size:.4g}") for kl, step_size in facts.calibration],
-        calibration_states=_number(_mapping(facts.info, "calibration").get("states")),
+        calibration_states=number(mapping(facts.info, "calibration").get("states")),
         training=list(_training(facts)),
         curves=list(_curves(facts)),
         evaluation=shown_results,
         evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
+        tuning=tuning_lines(facts.info),
     ).content
     return text
-
-
-def one_line(value: object) -> str:
-    """The value as one line of printable characters, at most 500: no line break, control or bidirectional character."""
-    words = "".join(character if character.isprintable() else " " for character in str(value)).split()
-    return " ".join(words)[:MAX_TEXT]
-
-
-def escaped(value: object) -> str:
-    """One line that Markdown shows as it is: no markup, no HTML, no link, no table cell."""
-    return "".join(
-        "\\" + character if character in "\\`*_{}[]()<>#+!|~&$:@" else character for character in one_line(value)
-    )
-
-
-def code(value: object) -> str | None:
-    """One line as a code span, in which Markdown interprets nothing; None for None."""
-    return None if value is None else "`" + one_line(value).replace("`", "'").replace("|", "¦") + "`"
 
 
 def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
@@ -189,26 +173,26 @@ def _training(facts: CardFacts) -> Iterator[str]:
         scale = "" if facts.reward_mean is None else f", mean {facts.reward_mean:.4g}"
         scale += "" if facts.reward_std is None else f", standard deviation {facts.reward_std:.4g}"
         yield f"Reward: {code(facts.reward)}{scale}"
-    if _mapping(facts.info, "training"):
+    if mapping(facts.info, "training"):
         yield f"Objective: {OBJECTIVES.get(facts.kind, facts.kind)}"
     if facts.info.get("data") is not None:
         yield f"Data: {code(facts.info['data'])}"
-    for name, value in _mapping(facts.info, "training").items():
-        if isinstance(value, str) or _number(value) is not None:
+    for name, value in mapping(facts.info, "training").items():
+        if isinstance(value, str) or number(value) is not None:
             yield f"{TRAINING_NAMES.get(name) or code(name)}: {code(value) if isinstance(value, str) else value}"
 
 
 def _curves(facts: CardFacts) -> Iterator[tuple[str | None, str]]:
-    for name, points in _mapping(facts.info, "curves").items():
-        pairs = [_pair(point) for point in points] if isinstance(points, list) else []
-        shown = [f"{pair[0]:g}: {pair[1]:.4g}" for pair in pairs if pair is not None]
+    for name, points in mapping(facts.info, "curves").items():
+        pairs = [pair(point) for point in points] if isinstance(points, list) else []
+        shown = [f"{ends[0]:g}: {ends[1]:.4g}" for ends in pairs if ends is not None]
         if shown:
             yield code(name), ", ".join(shown[:MAX_POINTS])
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
-    evaluation = _mapping(facts.info, "evaluation")
-    n, seed = _number(evaluation.get("answers")), _number(evaluation.get("seed"))
+    evaluation = mapping(facts.info, "evaluation")
+    n, seed = number(evaluation.get("answers")), number(evaluation.get("seed"))
     dataset = _dataset_id(facts.info.get("data"))
     results = []
     names = METRIC_NAMES | ({"loss": METRIC_NAMES["objective"]} if facts.kind == "control" else {})
@@ -216,11 +200,11 @@ def _results(facts: CardFacts) -> list[EvalResult]:
         if name in ("answers", "seed") or name.endswith("_interval"):
             continue
         parts = value if isinstance(value, list) else [value]
-        interval = _pair(evaluation.get(f"{name}_interval")) if len(parts) == 1 else None
+        interval = pair(evaluation.get(f"{name}_interval")) if len(parts) == 1 else None
         conditions = {"n": n, "seed": seed, "interval": interval}
         for i, part in enumerate(parts):
             where = f", part {i + 1} of {len(parts)} of the answer" if len(parts) > 1 else ""
-            if _number(part) is not None:
+            if number(part) is not None:
                 result = EvalResult(
                     task_type="text-generation",
                     dataset_type=dataset or "rollouts",
@@ -237,20 +221,6 @@ def _results(facts: CardFacts) -> list[EvalResult]:
 def _with_interval(result: EvalResult) -> str:
     interval = (result.metric_args or {}).get("interval")
     return f"{result.metric_value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
-
-
-def _mapping(info: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = info.get(name)
-    return {str(key): entry for key, entry in value.items()} if isinstance(value, Mapping) else {}
-
-
-def _number(value: object) -> int | float | None:
-    return value if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore[return-value, arg-type]
-
-
-def _pair(value: object) -> list[int | float] | None:
-    ends = [_number(end) for end in value] if isinstance(value, list | tuple) and len(value) == 2 else []
-    return [end for end in ends if end is not None] if ends and None not in ends else None
 
 
 def _identifier(value: object) -> str | None:
