@@ -15,7 +15,10 @@ from hf_recontrol.sampling import Sampler
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 # TRL and peft use names that transformers 5.24 calls old: gradient_checkpointing, is_gradient_checkpointing.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
+]
 WITH_TRL = pytest.mark.skipif(find_spec("trl") is None, reason='TRL is not installed: pip install "trl==1.16.0"')
 
 

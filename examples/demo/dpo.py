@@ -52,7 +52,7 @@ def pairs(rollouts: RolloutDataset) -> Iterator[dict[str, str]]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = options(__doc__, "dpo", learning_rate=3e-4, beta=0.1)
     parser.add_argument("--rollouts", type=Path, help="a folder of collect_rollouts; OUTPUT-rollouts is made if absent")
-    parser.add_argument("--prompts", type=int, default=2000, help="training prompts to collect 4 answers to")
+    parser.add_argument("--prompts", type=int, default=1500, help="training prompts to collect 4 answers to")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs")
     args = checked(parser, argv)
     demo = Demo()

@@ -36,7 +36,7 @@ class ScoresText(torch.nn.Module):
         super().__init__()
         self.demo = demo
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **unread: object) -> BaseModelOutput:
+    def forward(self, input_ids: torch.Tensor, **unread: object) -> BaseModelOutput:
         texts = self.demo.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         scores = torch.tensor(self.demo.reward([""] * len(texts), texts, input_ids.tolist()).total)
         return BaseModelOutput(hidden_states=(scores[:, None, None].expand(*input_ids.shape, 1),))
@@ -53,8 +53,8 @@ class DemoReward(torch.nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = options(__doc__, "ppo", learning_rate=3e-4, beta=0.05)
-    parser.add_argument("--steps", type=int, default=100, help="of 64 answers each")
+    parser = options(__doc__, "ppo", learning_rate=1e-3, beta=0.05)
+    parser.add_argument("--steps", type=int, default=60, help="of 64 answers each")
     args = checked(parser, argv)
     demo = Demo()
     rows = 8 if args.tiny else 64
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         stop_token="eos",
         temperature=1.0,
         num_sample_generations=0,
-        logging_steps=20,
+        logging_steps=10,
     )
     prompts = [{"input_ids": demo.tokenizer(text)["input_ids"]} for text in demo.prompts["train"]]
     language_model = demo.folder / "language_model"

@@ -23,8 +23,8 @@ except ImportError as error:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = options(__doc__, "rloo", learning_rate=3e-4, beta=0.05)
-    parser.add_argument("--steps", type=int, default=200, help="of 64 answers each")
+    parser = options(__doc__, "rloo", learning_rate=1e-3, beta=0.05)
+    parser.add_argument("--steps", type=int, default=60, help="of 64 answers each")
     args = checked(parser, argv)
     demo = Demo()
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         max_steps=2 if args.tiny else args.steps,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=0.05,
-        logging_steps=20,
+        logging_steps=10,
     )
     trainer = RLOOTrainer(
         load_model(demo.folder / "language_model"),
