@@ -19,7 +19,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
 ]
-WITH_TRL = pytest.mark.skipif(find_spec("trl") is None, reason='TRL is not installed: pip install "trl==1.16.0"')
+TRL = find_spec("trl")
+WITH_TRL = pytest.mark.skipif(TRL is None, reason='TRL is not installed: pip install "trl==1.16.0"')
+HAS_PPO = TRL is not None and Path(TRL.origin).with_name("experimental").joinpath("ppo").is_dir()
+WITH_PPO = pytest.mark.skipif(not HAS_PPO, reason='there is no TRL that has PPO: pip install "trl==1.12.0"')
 
 
 @pytest.fixture
@@ -41,10 +44,8 @@ def test_without_trl_the_command_that_installs_it_is_named(script, monkeypatch, 
 
 @WITH_TRL
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "rloo", "ppo"])
+@pytest.mark.parametrize("name", ["dpo", "rloo", pytest.param("ppo", marks=WITH_PPO)])
 def test_the_checkpoint_answers_as_a_baseline(script, tmp_path, capsys, name):
-    if name == "ppo" and find_spec("trl.experimental.ppo") is None:
-        pytest.skip('this TRL has no PPO: pip install "trl==1.12.0"')
     folder, demo = tmp_path / name, Demo()
     main = script(name)["main"]
     row = main(["--output", str(folder), "--tiny"])
@@ -74,16 +75,25 @@ def test_a_pair_is_the_best_and_the_worst_answer_and_equal_rewards_make_none(scr
     class Rollouts:
         def rows(self):
             for prompt_id, rewards in enumerate([[1.0, 3.0, None, -2.0], [0.5, 0.5], [None]]):
-                for reward in rewards:
-                    yield {"prompt_id": prompt_id, "prompt": "A", "completion": f" {reward}", "reward": reward}
+                for i, reward in enumerate(rewards):
+                    ids = {"prompt_token_ids": [1, 5], "token_ids": [7] * (i + 1)}
+                    yield {"prompt_id": prompt_id, "prompt": "A", "completion": f" {reward}", "reward": reward, **ids}
 
-    assert list(script("dpo")["pairs"](Rollouts())) == [{"prompt": "A", "chosen": " 3.0", "rejected": " -2.0"}]
+    (pair,) = script("dpo")["pairs"](Rollouts())
+    assert [pair[side] for side in ("prompt", "chosen", "rejected")] == ["A", " 3.0", " -2.0"]
+    batch = script("dpo")["AsSampled"](pad_token_id=0)([pair])
+    assert batch["input_ids"].tolist() == [[1, 5, 7, 7, 0, 0], [1, 5, 7, 7, 7, 7]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
 
 
-@WITH_TRL
+@WITH_PPO
 @pytest.mark.slow
-def test_only_an_answer_that_ended_keeps_its_end(script):
-    collate = script("dpo")["AsSampled"](pad_token_id=0)
-    batch = collate([{"prompt_ids": [1, 5], "chosen_ids": [7, 2], "rejected_ids": [8] * 40 + [2]}])
-    assert batch["input_ids"].tolist() == [[1, 5, 7, 2] + [0] * 38, [1, 5] + [8] * 40]
-    assert batch["completion_mask"].sum(1).tolist() == [2, 40]
+def test_ppo_reads_the_demos_reward(script):
+    demo = Demo()
+    prompts, completions = demo.prompts["test"][:2], [" wonderful .", " a dull and tedious mess ."]
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    inputs = demo.tokenizer(texts, padding=True, return_tensors="pt")
+    reward = script("ppo")["DemoReward"](demo)
+    scores = reward.score(reward.body(**inputs).hidden_states[-1])
+    assert scores.shape == (*inputs["input_ids"].shape, 1)
+    assert scores[:, -1, 0].tolist() == pytest.approx(demo.reward(prompts, completions, [[], []]).total)

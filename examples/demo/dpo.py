@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_recontrol import RolloutDataset
-from hf_recontrol.demo.assets import MAX_NEW_TOKENS, Demo
+from hf_recontrol.demo.assets import Demo
 from hf_recontrol.demo.training import collect
 
 try:
@@ -26,19 +26,22 @@ except ImportError as error:
     raise SystemExit(f'{error}. Run: pip install "trl==1.16.0" "peft==0.21.2"') from error
 
 
+SIDES = ("prompt", "chosen", "rejected")
+
+
 class AsSampled(DataCollatorForPreference):
-    """Takes back the EOS that TRL puts behind an answer which was cut at 40 tokens and never ended."""
+    """Batches of the token ids that were sampled.
+
+    Those that TRL makes of the texts differ: tokens merge, of which it warns, and an answer that was cut at 40 tokens
+    gets an EOS that the model never wrote.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        cut = [
-            {**example, **{side: example[side][:MAX_NEW_TOKENS] for side in ("chosen_ids", "rejected_ids")}}
-            for example in examples
-        ]
-        return super().torch_call(cut)
+        return super().torch_call([{f"{side}_ids": row[f"{side}_token_ids"] for side in SIDES} for row in examples])
 
 
-def pairs(rollouts: RolloutDataset) -> Iterator[dict[str, str]]:
-    """The best and the worst answer to each prompt, where their rewards differ."""
+def pairs(rollouts: RolloutDataset) -> Iterator[dict[str, Any]]:
+    """The best and the worst answer to each prompt, where their rewards differ: texts and token ids."""
     answers: dict[int, list[dict[str, Any]]] = {}
     for row in rollouts.rows():
         if row["reward"] is not None:
@@ -46,7 +49,11 @@ def pairs(rollouts: RolloutDataset) -> Iterator[dict[str, str]]:
     for rows in answers.values():
         worst, best = (choose(rows, key=lambda row: row["reward"]) for choose in (min, max))
         if worst["reward"] < best["reward"]:
-            yield {"prompt": best["prompt"], "chosen": best["completion"], "rejected": worst["completion"]}
+            texts = best["prompt"], best["completion"], worst["completion"]
+            token_ids = best["prompt_token_ids"], best["token_ids"], worst["token_ids"]
+            yield dict(zip(SIDES, texts, strict=True)) | {
+                f"{side}_token_ids": ids for side, ids in zip(SIDES, token_ids, strict=True)
+            }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -62,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         texts = demo.prompts["train"][: 16 if args.tiny else args.prompts]
         rollouts = collect(demo, texts, Path(f"{args.output}-rollouts"), answers=4, seed=args.seed)
     dataset = Dataset.from_list(list(pairs(rollouts)))
+    if not len(dataset):
+        parser.error(f"{rollouts.output_dir} has no two answers to a prompt whose rewards differ. Collect more answers.")
     print(f"{len(dataset)} pairs", flush=True)
     config = DPOConfig(
         **training_settings(args),
@@ -70,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         num_train_epochs=args.epochs,
         max_steps=2 if args.tiny else -1,
         warmup_steps=0.1,
+        remove_unused_columns=False,  # AsSampled reads them
     )
     trainer = DPOTrainer(
         load_model(demo.folder / "language_model"),
