@@ -4,8 +4,9 @@
     python examples/demo/dpo.py --output dpo
 
 Rafailov et al. 2023 (arXiv:2305.18290). A pair is the best and the worst of four answers to a training prompt, by the
-demo's reward; a prompt whose answers have all one reward gives none. `hf-recontrol evaluate … --checkpoint DPO=dpo`
-compares the model with heads. TRL tells the Hub that it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
+demo's reward; a prompt whose answers have all one reward gives none. Some ten minutes on two cores, most of it to
+collect the answers. `hf-recontrol evaluate … --checkpoint DPO=dpo` compares the model with heads. TRL tells the Hub that
+it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rollouts = collect(demo, texts, Path(f"{args.output}-rollouts"), answers=4, seed=args.seed)
     dataset = Dataset.from_list(list(pairs(rollouts)))
     if not len(dataset):
-        parser.error(f"{rollouts.output_dir} has no two answers to a prompt whose rewards differ. Collect more answers.")
+        parser.error(f"{rollouts.output_dir} has no two answers to one prompt whose rewards differ. Collect more.")
     print(f"{len(dataset)} pairs", flush=True)
     config = DPOConfig(
         **training_settings(args),

@@ -4,8 +4,9 @@
     python examples/demo/ppo.py --output ppo
 
 Schulman et al. 2017 (arXiv:1707.06347), with an answer's value estimated by a second copy of the language model. TRL
-1.12.0 has PPO among its experiments; 1.16.0 has it no more. `hf-recontrol evaluate … --checkpoint PPO=ppo` compares the
-model with heads. TRL tells the Hub that it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
+1.12.0 has PPO among its experiments; 1.16.0 has it no more. Some ten minutes on two cores. `hf-recontrol evaluate …
+--checkpoint PPO=ppo` compares the model with heads. TRL tells the Hub that it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps
+it from that.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class DemoReward(torch.nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = options(__doc__, "ppo", learning_rate=1e-3, beta=0.05)
-    parser.add_argument("--steps", type=int, default=60, help="of 64 answers each")
+    parser.add_argument("--steps", type=int, default=20, help="of 64 answers each")
     args = checked(parser, argv)
     demo = Demo()
     rows = 8 if args.tiny else 64

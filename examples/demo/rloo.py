@@ -4,8 +4,9 @@
     python examples/demo/rloo.py --output rloo
 
 Ahmadian et al. 2024 (arXiv:2402.14740): REINFORCE, an answer's baseline being the mean reward of the others to its
-prompt. `hf-recontrol evaluate … --checkpoint RLOO=rloo` compares the model with heads. TRL tells the Hub that it is
-used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
+prompt. Some five minutes on two cores. `hf-recontrol evaluate … --checkpoint RLOO=rloo` compares the model with heads.
+The KL that it spends is β's to choose: with 0.05 and 60 steps it was 68 nats an answer, words of praise without sense.
+TRL tells the Hub that it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ except ImportError as error:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = options(__doc__, "rloo", learning_rate=1e-3, beta=0.05)
-    parser.add_argument("--steps", type=int, default=60, help="of 64 answers each")
+    parser = options(__doc__, "rloo", learning_rate=1e-3, beta=0.15)
+    parser.add_argument("--steps", type=int, default=40, help="of 64 answers each")
     args = checked(parser, argv)
     demo = Demo()
 
