@@ -5,8 +5,8 @@
 
 Rafailov et al. 2023 (arXiv:2305.18290). A pair is the best and the worst of four answers to a training prompt, by the
 demo's reward; a prompt whose answers have all one reward gives none. Some ten minutes on two cores, most of it to
-collect the answers. `hf-recontrol evaluate … --checkpoint DPO=dpo` compares the model with heads. TRL tells the Hub that
-it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
+collect the answers. `hf-recontrol evaluate … --checkpoint DPO=dpo` compares the model with heads. TRL tells the Hub
+that it is used; HF_HUB_DISABLE_TELEMETRY=1 keeps it from that.
 """
 
 from collections.abc import Iterator, Sequence
