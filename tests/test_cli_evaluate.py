@@ -5,10 +5,11 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 from saved import save_all
 from tiny import tiny_head
 
-from hf_recontrol import baselines, cli_evaluate, comparison
+from hf_recontrol import Coherence, baselines, cli_evaluate, comparison
 
 SMALL = ("--max-new-tokens", 5, "--limit", 12, "--tuning-prompts", 8, "--split", "train", "--nats", 0.5, "--best-of", 2)
 
@@ -116,6 +117,18 @@ def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, mo
     assert {"base", "prompting", "RE-Control", "best-of-2"} <= {row["method"] for row in results["time"]}
     for picture in ("sweep.png", "time.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_coherence_is_measured_where_an_encoder_is_named(command, given, tmp_path, monkeypatch):
+    names = ("CD prefix", "CD prefix + prompting", "CD (ARGS)", "CD (ARGS), top 10 only", "best-of-2", "prompting")
+    stub = Coherence(lambda texts: torch.ones(len(texts), 2))
+    asked = []
+    monkeypatch.setattr(cli_evaluate, "Coherence", lambda name, device: asked.append(name) or stub)
+    skipped = without(*names, "RE-Control + prompting", "RE-Control", "random direction")
+    printed = command("evaluate", *given, *skipped, "--encoder", "some/model", "--output-dir", tmp_path, "--no-plots")
+    assert asked == ["some/model"]
+    title, _, base = (line.split(" | ") for line in printed.splitlines()[:3])
+    assert base[title.index("coherence")] == "1.000"
 
 
 def test_a_name_that_the_comparison_uses_is_refused(command, files, given, tmp_path):

@@ -9,7 +9,8 @@ from transformers.utils import logging
 from .baselines import Base
 from .cli_inputs import ends_at_sigterm, language_model, named_heads, reward_functions
 from .cli_rollouts import Dtype
-from .comparison import Answered, Comparison, Entry, figures
+from .coherence import SIMCSE, Coherence
+from .comparison import Comparison, Entry, figures
 from .comparison_plan import Plan, fitted_heads
 from .comparison_report import write_report
 from .comparison_sweeps import sweep_rows, time_rows
@@ -51,6 +52,9 @@ def evaluate(
         list[float] | None, typer.Option(help="KL per answer that strengths are tuned to. Repeat it; 1 and 4.")
     ] = None,
     best_of: Annotated[list[int] | None, typer.Option(min=2, help="n of best-of-n. Repeat it; 4 and 16.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help=f"Also measure coherence, by these sentence embeddings; the paper's: {SIMCSE}.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help="A row to leave out, by its name. Repeat it.")] = None,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "test",
     limit: Annotated[int, typer.Option(min=2, help="Prompts to test on, at most.")] = 300,
@@ -85,6 +89,7 @@ def evaluate(
     }
     models = named_heads(checkpoint or [], "--checkpoint")
     checkpoints = {name: language_model(ref, dtype=dtype.value)[0] for name, ref in models.items()}
+    coherence = None if encoder is None else Coherence(encoder, device=language.device)
     fitted = fitted_heads(rollouts, language, seed)
     if taken := sorted(fitted.keys() & heads.keys()):
         raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
@@ -93,7 +98,7 @@ def evaluate(
         tuned = Comparison(sampler, tuned_on, output_dir / "tuning")
         comparison = Comparison(sampler, tested_on, output_dir, answers=answers)
         strengths = Strengths(tuned, output_dir / "strengths.json", targets)
-        rows = _run(plan, comparison, strengths, judges)
+        rows = _run(plan, comparison, strengths, judges, coherence)
         more = _more(plan, tuned, strengths, judges, sweep, batch_sizes or [])
     facts = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0], "seed": seed}
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward"}
@@ -117,14 +122,19 @@ def _prompts(
     return prompts[:tuning_prompts], prompts[tuning_prompts:]
 
 
-def _run(plan: Plan, comparison: Comparison, strengths: Strengths, judges: dict[str, Rewards]) -> list[dict[str, Any]]:
+def _run(
+    plan: Plan,
+    comparison: Comparison,
+    strengths: Strengths,
+    judges: dict[str, Rewards],
+    coherence: Coherence | None,
+) -> list[dict[str, Any]]:
     scorers = {**judges, "reward": plan.rewards}
     base = comparison.answered(Entry(Base()))
-    rows = [figures(base, base, scorers)]
+    rows = [figures(base, base, scorers, coherence=coherence)]
     with logging.tqdm(desc="methods") as bar:
         for entry in plan.entries(strengths):
-            answered: Answered = comparison.answered(entry)
-            rows.append(figures(answered, base, scorers))
+            rows.append(figures(comparison.answered(entry), base, scorers, coherence=coherence))
             bar.update()
     return rows
 
