@@ -115,7 +115,7 @@ def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, mo
     assert {(row["method"], row["num_steps"]) for row in results["sweep"]} >= {("RE-Control", 3), ("RE-Control", 100)}
     assert {row["batch_size"] for row in results["time"]} == {1, 2}
     assert {"base", "prompting", "RE-Control", "best-of-2"} <= {row["method"] for row in results["time"]}
-    for picture in ("sweep.png", "time.png"):
+    for picture in ("sweep.png", "time.png", "landscape.png", "answer.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 

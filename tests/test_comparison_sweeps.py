@@ -1,12 +1,16 @@
 """Sweeps keep what they made; times are medians of rounds in which all take turns."""
 
 import pytest
+import torch
 from tiny import Length, tiny_head, tiny_model, tiny_tokenizer
 
 from hf_recontrol import comparison_sweeps
 from hf_recontrol.baselines import Base, Prompted
 from hf_recontrol.comparison import Comparison
-from hf_recontrol.comparison_sweeps import sweep_rows, time_rows
+from hf_recontrol.comparison_sweeps import close_up, sweep_rows, time_rows
+from hf_recontrol.forwards import hidden_states_of
+from hf_recontrol.generation import RecontrolGenerationMixin
+from hf_recontrol.landscape import value_landscape
 from hf_recontrol.rewards import Rewards
 from hf_recontrol.sampling import Sampler
 
@@ -63,3 +67,16 @@ def test_methods_take_turns_and_the_first_round_does_not_count(sampler, monkeypa
 def test_more_prompts_are_asked_for_than_there_are(sampler):
     with pytest.raises(ValueError, match="8 prompts for a batch of 16"):
         time_rows(sampler, PROMPTS, [Base()], [1, 16])
+
+
+def test_the_close_up_is_of_the_state_at_the_end_of_the_prompt_and_of_a_steered_answer(sampler):
+    head = tiny_head()
+    landscape, trace = close_up(sampler, PROMPTS[0], head)
+    ids = torch.tensor([sampler.tokenizer(PROMPTS[0])["input_ids"]])
+    state = hidden_states_of(sampler.model, input_ids=ids)[0, -1]
+    torch.testing.assert_close(landscape.path_values, value_landscape(head, state).path_values)
+    assert trace.lengths.tolist() == [5]
+    again = close_up(sampler, PROMPTS[0], head)[1]
+    assert torch.equal(again.values, trace.values)
+    assert bool((trace.control_norms > 0).all())
+    assert not isinstance(sampler.model, RecontrolGenerationMixin)

@@ -13,8 +13,9 @@ from .coherence import SIMCSE, Coherence
 from .comparison import Comparison, Entry, figures
 from .comparison_plan import Plan, fitted_heads
 from .comparison_report import write_report
-from .comparison_sweeps import sweep_rows, time_rows
+from .comparison_sweeps import close_up, sweep_rows, time_rows
 from .figure_style import new_figure
+from .figures import landscape_figure, trace_figure
 from .head import Head
 from .prompts import load_prompts
 from .rewards import Rewards, Text
@@ -68,7 +69,11 @@ def evaluate(
     dtype: Annotated[Dtype, typer.Option(help="Of the model's weights.")] = Dtype.auto,
     seed: Annotated[int, typer.Option(help="Of the prompts' choice and the sampling.")] = 0,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Also what α and n do to the first value head, on the tuning prompts.")
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Also what α and n do to the first value head, on the tuning prompts, and one answer from close up.",
+        ),
     ] = False,
     batch_sizes: Annotated[
         list[int] | None, typer.Option(min=1, help="Also what a token costs in batches of so many. Repeat it.")
@@ -103,6 +108,10 @@ def evaluate(
     facts = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0], "seed": seed}
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward"}
     write_report(rows, output_dir, judges=[*judges, "reward"], facts=facts, more=more, figures=plots)
+    if plots and sweep and plan.value_head is not None:
+        landscape, trace = close_up(sampler, tuned_on[0], plan.value_head[1])
+        landscape_figure(landscape).savefig(output_dir / "landscape.png", dpi=100)
+        trace_figure(trace, 0, tokenizer).savefig(output_dir / "answer.png", dpi=100)
     typer.echo((output_dir / "table.md").read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Beside the table: what α and n do, and what a token costs by batch size. Rows for comparison_figures."""
+"""Beside the table: what α and n do, what a token costs by batch size, and one answer seen from close up."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
+from .answers import evaluating, padding_token_id, seeded
 from .baselines import Base, Method, Steered
 from .comparison import Comparison, Entry, figures
 from .control_config import ControlConfig
+from .forwards import enabled, last_hidden_states
+from .landscape import Landscape, value_landscape
 from .rewards import Rewards, Text
 from .sampling import Sampler
+from .trace import Trace
 from .value_head import ValueHead
 
 STEP_SIZES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -89,3 +93,22 @@ def _seconds_per_token(sampler: Sampler, prompts: Sequence[Text], method: Method
     if sampler.model.device.type == "cuda":
         torch.cuda.synchronize(sampler.model.device)
     return (time.perf_counter() - start) / sum(len(row["token_ids"]) for rows in answers for row in rows)
+
+
+def close_up(sampler: Sampler, prompt: Text, head: ValueHead) -> tuple[Landscape, Trace]:
+    """V about the state at the end of a prompt, and the trace of an answer to it, steered as the head says itself."""
+    model, eos = sampler.model, sampler.eos_token_ids
+    ids = torch.tensor([sampler.prompt_token_ids(prompt)], device=model.device)
+    states, _ = last_hidden_states(model, ids, torch.ones_like(ids))
+    settings: dict[str, Any] = {"max_new_tokens": sampler.max_new_tokens, "eos_token_id": eos or None}
+    with enabled(model), evaluating(model), seeded(model.device.type, sampler.seed):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=padding_token_id(sampler.tokenizer, eos),
+            return_dict_in_generate=True,
+            recontrol_value_head=head,
+            recontrol_trace=True,
+            **(settings | sampler.generation),
+        )
+    return value_landscape(head, states[0]), output.recontrol_trace
