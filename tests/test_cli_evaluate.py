@@ -131,6 +131,15 @@ def test_coherence_is_measured_where_an_encoder_is_named(command, given, tmp_pat
     assert base[title.index("coherence")] == "1.000"
 
 
+def test_a_judge_that_trained_the_head_is_warned_of(command, files, given, tmp_path):
+    head = tiny_head()
+    head.config.reward.name = "sevens"
+    head.save_pretrained(tmp_path / "head")
+    taken = ("--head", f"random direction={files.head}", "--head", f"mine={tmp_path / 'head'}")  # refused afterwards
+    with pytest.warns(UserWarning, match="The judge 'sevens' has the name of the reward"):
+        command("evaluate", *given, *taken, "--output-dir", tmp_path / "out", status=2)
+
+
 def test_a_name_that_the_comparison_uses_is_refused(command, files, given, tmp_path):
     error = command("evaluate", *given, "--head", f"random direction={files.head}", "--output-dir", tmp_path, status=2)
     assert "--head names ['random direction']" in error

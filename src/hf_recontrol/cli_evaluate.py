@@ -1,5 +1,6 @@
 """hf-recontrol evaluate: the methods of the paper's table on one model, one dataset and one reward."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from .comparison_sweeps import close_up, sweep_rows, time_rows
 from .figure_style import new_figure
 from .figures import landscape_figure, trace_figure
 from .head import Head
+from .judging import warn_if_trained_by
 from .prompts import load_prompts
 from .rewards import Rewards, Text
 from .sampling import Sampler
@@ -92,6 +94,8 @@ def evaluate(
     heads: dict[str, Head] = {
         name: Head.from_pretrained(ref) for name, ref in named_heads(head or [], "--head").items()
     }
+    for trained, one in itertools.product(heads.values(), judges.values()):
+        warn_if_trained_by(trained, one)
     models = named_heads(checkpoint or [], "--checkpoint")
     checkpoints = {name: language_model(ref, dtype=dtype.value)[0] for name, ref in models.items()}
     coherence = None if encoder is None else Coherence(encoder, device=language.device)
