@@ -312,8 +312,8 @@ def narrow(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--head", "polite"), "must be a name and a head, such as polite=user/head"),
-        (("--head", "=user/head"), "must be a name and a head"),
+        (("--head", "polite"), "must be a name and what it stands for, such as polite=user/head"),
+        (("--head", "=user/head"), "must be a name and what it stands for"),
         (("--head", "a=user/x", "--head", "a=user/y"), "'user/x' and 'user/y'. Give each its own name"),
         (("--head", "polite=POLITE", "--default", "rude"), "default head is 'rude', but the heads are 'polite'"),
         (("--head", "polite=POLITE", "--", "--continuous-batching"), "Leave --continuous-batching out"),
