@@ -236,3 +236,10 @@ def test_methods_say_what_a_token_costs():
         "prompting": 1,
         "CD prefix + prompting": 5,
     }
+
+
+def test_a_method_without_what_makes_it_one_is_refused():
+    with pytest.raises(TypeError, match="head is a NoneType"):
+        Steered("RE-Control", None)
+    with pytest.raises(TypeError, match="model is None"):
+        Checkpoint("DPO", None)

@@ -73,7 +73,11 @@ def test_other_heads_settings_prompts_and_seeds_are_refused(comparison, sampler,
 def test_a_damaged_file_is_said_to_be_damaged(comparison):
     comparison.answered(Entry(Base()))
     (file,) = comparison.folder.glob("*.jsonl")
-    file.write_text(file.read_text()[:-30])
+    whole = file.read_text()
+    file.write_text(whole.rpartition('{"prompt"')[0].rpartition("\n")[0] + "\n")  # a line is gone
+    with pytest.raises(CollectError, match=r"answers to 11 of 12 prompts\. Delete it"):
+        comparison.answered(Entry(Base()))
+    file.write_text(whole[:-30])
     with pytest.raises(CollectError, match=r"is damaged .* Delete it"):
         comparison.answered(Entry(Base()))
 
@@ -163,3 +167,22 @@ def test_answers_that_are_cut_or_empty_are_counted(sampler, tmp_path):
     lengths = [len(answer["token_ids"]) for answer in rows_of(base)]
     assert row["answers_empty"] == lengths.count(1) > 0
     assert row["answers_cut"] + row["answers_empty"] < len(lengths)
+
+
+def test_answers_with_any_sign_that_ends_a_line_are_read_back(comparison, monkeypatch):
+    ends = "a\u2028b\x85c\x0cd\re\nf"
+    monkeypatch.setattr(Sampler, "row", lambda self, prompt, ids: ROW | {"prompt": prompt, "completion": ends})
+    assert {row["completion"] for row in rows_of(comparison.answered(Entry(Base())))} == {ends}
+
+
+ROW = {"token_ids": [5, 6], "finish_reason": "length"}
+
+
+def test_a_judge_without_a_number_for_an_answer_is_named(comparison):
+    base = comparison.answered(Entry(Base()))
+    with pytest.raises(ValueError, match="The judge, silent, gave no number for 24 answers of base"):
+        figures(base, base, {"judge": Rewards(silent)})
+
+
+def silent(prompts, **_):
+    return [None] * len(prompts)

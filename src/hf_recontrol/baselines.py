@@ -84,6 +84,10 @@ class Steered(Method):
     config: ControlConfig | None = None
     forwards_per_token: float = 1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, Head):  # its answers would be plain ones
+            raise TypeError(f"head is a {type(self.head).__name__}; pass a value or control head, or take Base().")
+
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         return sampler(prompts, head=self.head, config=self.config, num_return_sequences=n)
 
@@ -95,6 +99,10 @@ class Checkpoint(Method):
     name: str
     model: PreTrainedModel | None
     forwards_per_token: float = 1
+
+    def __post_init__(self) -> None:
+        if self.model is None:  # the base model would answer
+            raise TypeError("model is None; pass the model that answers, or take Base().")
 
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         return sampler(prompts, model=self.model, num_return_sequences=n)

@@ -147,7 +147,7 @@ class Comparison:
 
     def _read(self, entry: Entry, file: Path, facts: Mapping[str, Any]) -> Answered:
         with faults(f"Reading {file}"):
-            lines = file.read_text(encoding="utf-8", errors="surrogatepass").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="surrogatepass").removesuffix("\n").split("\n")
         try:
             head, *answers = [json.loads(line) for line in lines]
             found, seconds, peak = head["facts"], head["seconds"], head["peak_memory"]
@@ -158,6 +158,11 @@ class Comparison:
             raise CollectError(
                 f"{file} holds answers of another comparison: {', '.join(names)} differ. Give another folder, or "
                 "delete the file, and its answers are made again."
+            )
+        if len(answers) != len(self.prompts):
+            raise CollectError(
+                f"{file} is damaged: it holds answers to {len(answers)} of {len(self.prompts)} prompts. Delete it, "
+                "and its answers are made again."
             )
         return Answered(entry, answers, seconds, peak, entry.method.kl_bound(1) is not None)
 
@@ -183,9 +188,7 @@ def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], *
     row |= {"placebo": answered.entry.placebo, "kl_is_bound": answered.kl_is_bound}
     row["kl_per_answer"] = math.nan if None in spent else math.fsum(spent) / len(spent)
     for name, judge in judges.items():
-        before, after = (
-            torch.tensor(rewards_of_answers(judge, part.answers), dtype=torch.float64) for part in (base, answered)
-        )
+        before, after = (_scores(name, judge, part) for part in (base, answered))
         row[name] = asdict(paired_bootstrap(before / before.std(), after / before.std()))
     row["perplexity_ratio"] = _perplexity(answered) / _perplexity(base)
     row |= evaluate_answers(rows, **options)
@@ -194,6 +197,17 @@ def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], *
     row["forwards_per_token"] = answered.entry.method.forwards_per_token
     row["peak_memory"] = answered.peak_memory
     return row
+
+
+def _scores(name: str, judge: Rewards, answered: Answered) -> torch.Tensor:
+    """float64 (prompts, answers)."""
+    scores = rewards_of_answers(judge, answered.answers)
+    if missing := sum(score is None for of_prompt in scores for score in of_prompt):
+        raise ValueError(
+            f"The {name}, {', '.join(judge.names)}, gave no number for {missing} answers of {answered.entry.label}; "
+            "expected is one for each. Let it return a number for every answer; the answers are kept."
+        )
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def _perplexity(answered: Answered) -> float:

@@ -61,7 +61,7 @@ class Plan:
     def families(self) -> Iterator[tuple[str, Family, float]]:
         """Name, methods by strength, and a first guess of it."""
         for name, head in self.heads.items():
-            start = float(getattr(head.config.control, head.config.control.multiplier))
+            start = float(getattr(head.config.control, head.config.control.multiplier)) or 1.0  # 0: tuned not to steer
             yield name, steered_by(head, name), start
         first = next(iter(self.heads.items()), None)
         if first is not None:
