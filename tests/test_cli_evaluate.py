@@ -1,16 +1,19 @@
 """hf-recontrol evaluate, from files on the disk to a table: every row once, and only what is missing is made."""
 
 import json
+import shutil
 import sys
 from functools import partial
 
 import pytest
 import torch
+from chat_server import ChatServer
 from saved import save_all
 from tiny import tiny_head
 
-from hf_recontrol import Coherence, baselines, cli_evaluate, comparison
+from hf_recontrol import Coherence, baselines, cli_evaluate, comparison, comparison_run
 
+FIXED = ("CD (ARGS), top 10 only", "CD prefix, block-wise")
 SMALL = ("--max-new-tokens", 5, "--limit", 12, "--tuning-prompts", 8, "--split", "train", "--nats", 0.5, "--best-of", 2)
 
 
@@ -53,6 +56,7 @@ def test_the_table_has_every_method_and_a_second_run_makes_nothing(command, file
         ("prompting", None),
         ("best-of-2", None),
         ("CD (ARGS), top 10 only", None),
+        ("CD prefix, block-wise", None),
         ("DPO", None),
         ("RE-Control", 0.5),
         ("random direction", 0.5),
@@ -101,13 +105,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(command, given, tmp_path, m
     command(*arguments)
     assert {name: (tmp_path / "answers" / name).stat().st_mtime_ns for name in kept} == kept
     methods = [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
-    assert methods == ["base", "prompting", "best-of-2", "CD (ARGS), top 10 only", "RE-Control", "random direction"]
+    assert methods == ["base", "prompting", "best-of-2", *FIXED, "RE-Control", "random direction"]
     assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
 def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_evaluate, "sweep_rows", partial(cli_evaluate.sweep_rows, step_sizes=(1.0,)))
+    monkeypatch.setattr(comparison_run, "sweep_rows", partial(comparison_run.sweep_rows, step_sizes=(1.0,)))
     skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)")
     extra = ("--sweep", "--batch-sizes", 1, "--batch-sizes", 2, "--output-dir", tmp_path)
     command("evaluate", *given, *skipped, *extra)
@@ -115,7 +119,7 @@ def test_the_sweep_and_the_times_are_drawn_and_kept(command, given, tmp_path, mo
     assert {(row["method"], row["num_steps"]) for row in results["sweep"]} >= {("RE-Control", 3), ("RE-Control", 100)}
     assert {row["batch_size"] for row in results["time"]} == {1, 2}
     assert {"base", "prompting", "RE-Control", "best-of-2"} <= {row["method"] for row in results["time"]}
-    for picture in ("sweep.png", "time.png", "landscape.png", "answer.png"):
+    for picture in ("sweep.png", "time.png", "win_rate.png", "landscape.png", "answer.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
@@ -171,3 +175,77 @@ def test_strengths_can_be_chosen_on_another_split(command, files, given, tmp_pat
     )
     answers = (tmp_path / "out" / "answers" / "base.jsonl").read_text().splitlines()[1:]
     assert {rows[0]["prompt"] for rows in map(json.loads, answers)} == {f"w{3 + i}" for i in range(10)}
+
+
+@pytest.fixture
+def others(tmp_path):
+    """Prompts of another kind, with texts that follow them."""
+    lines = [json.dumps({"prompt": f"w{20 + i}", "completion": f" w{5 + i} w7 w9"}) for i in range(12)]
+    (tmp_path / "others.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "others.jsonl"
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_prompts_of_another_kind_get_the_same_strengths_and_cards_say_both(command, files, given, others, tmp_path):
+    own = tmp_path / "head"
+    shutil.copytree(files.head, own)
+    given = [part if part != f"RE-Control={files.head}" else f"RE-Control={own}" for part in given]
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)", "RE-Control + prompting", *FIXED)
+    extra = ("--other-prompts", others, "--cards", "--output-dir", tmp_path / "out", "--no-plots")
+    printed = command("evaluate", *given, *skipped, *extra)
+    tables = [(tmp_path / "out" / part / "table.md").read_text() for part in ("", "other")]
+    assert printed.strip() == "\n".join(text.strip() + "\n" for text in tables).strip()
+    rows = json.loads((tmp_path / "out" / "other" / "results.json").read_text())["rows"]
+    effects = {row["method"]: row.get("reference_kl") for row in rows}
+    assert effects["base"] is effects["best-of-2"] is None
+    assert effects["RE-Control"] > 0
+    assert {len(json.loads(line)) for line in answers_of(tmp_path / "out" / "other", "base")} == {1}
+    strengths = json.loads((tmp_path / "out" / "strengths.json").read_text())
+    assert sorted(found["method"] for found in strengths.values()) == ["RE-Control", "random direction"]
+    card = (own / "README.md").read_text(encoding="utf-8")
+    assert "## Comparison" in card
+    assert "prompts of another kind" in card
+    assert "KL on given texts" in card
+    assert command("evaluate", *given, *skipped, *extra) == printed  # a noted head is the same head
+    written = own.joinpath("README.md")
+    written.write_text("By hand.", encoding="utf-8")
+    command("evaluate", *given, *skipped, *extra)
+    assert written.read_text(encoding="utf-8") == "By hand."
+
+
+def answers_of(folder, name):
+    return (folder / "answers" / f"{name}.jsonl").read_text().splitlines()[1:]
+
+
+def test_cards_are_written_into_folders_only(command, given, tmp_path):
+    more = ("--head", "far=user/head", "--cards", "--output-dir", tmp_path)
+    assert "--cards writes into folders of heads, and ['user/head'] are none" in command(
+        "evaluate", *given, *more, status=2
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_scorers_take_the_first_heads_place_in_cd_prefix(command, files, given, tmp_path):
+    skipped = without("prompting", "best-of-2", "CD (ARGS)", "RE-Control", "RE-Control + prompting", "random direction")
+    skipped += without(FIXED[0], "CD prefix, Q + prompting")
+    extra = ("--prefix-scorer", f"Q={files.head}", "--output-dir", tmp_path, "--no-plots")
+    command("evaluate", *given, *skipped, *extra)
+    methods = [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
+    assert methods == ["base", "CD prefix, Q, block-wise", "CD prefix, Q"]
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_a_chat_judge_gives_the_win_rates_and_is_asked_once(command, given, tmp_path):
+    pytest.importorskip("openai")
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)", "RE-Control + prompting", *FIXED, "best-of-2")
+    skipped += without("prompting", "random direction")
+    with ChatServer(lambda messages: "Scores: A=7 B=7") as server:
+        extra = ("--chat-judge", "m", "--chat-judge-url", server.url, "--output-dir", tmp_path, "--no-plots")
+        command("evaluate", *given, *skipped, *extra)
+        asked = len(server.requests)
+        command("evaluate", *given, *skipped, *extra)
+    assert asked == len(server.requests) == 2 * 12
+    base, steered = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert "win_rate" not in base
+    assert steered["win_rate"]["mean"] == 0.5
+    assert steered["win_rate"]["ties"] == steered["win_rate"]["n"] == 12

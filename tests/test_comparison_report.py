@@ -54,7 +54,7 @@ def test_a_column_that_no_row_has_is_left_out_and_one_that_some_have_is_shown():
     assert "coherence" not in table(ROWS, ["judge"], FACTS).splitlines()[0]
     title, _, *lines = cells(table([BASE, row("RE-Control", coherence=0.5)], ["judge"], FACTS))
     place = title.index("coherence")
-    assert [line[place] for line in lines] == ["?", "0.500"]
+    assert [line[place] for line in lines] == ["", "0.500"]
 
 
 def test_the_notes_say_how_many_prompts_and_what_was_run():

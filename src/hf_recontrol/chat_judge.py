@@ -104,6 +104,10 @@ class ChatJudge:
     def __repr__(self) -> str:
         return f"ChatJudge(model={self.model!r}, base_url={self.base_url!r})"
 
+    def facts(self) -> dict[str, Any]:
+        """What decides the verdicts, as plain JSON."""
+        return {"model": self.model, "base_url": self.base_url, "rubric": self.rubric, "options": self.options}
+
     def __call__(self, prompts: Sequence[Text], first: Sequence[Text], second: Sequence[Text]) -> list[Scores | None]:
         """The scores of both answers to each prompt, `first` shown as A; None where there was no verdict.
 

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers.utils import logging
 
-from .baselines import Base
-from .cli_inputs import ends_at_sigterm, language_model, named_heads, reward_functions
+from .card_comparison import comparison_info
+from .chat_judge import ChatJudge
+from .cli_inputs import card_as_written, ends_at_sigterm, language_model, named_heads, reward_functions
 from .cli_rollouts import Dtype
 from .coherence import SIMCSE, Coherence
-from .comparison import Comparison, Entry, figures
+from .comparison import Comparison
 from .comparison_plan import Plan, fitted_heads
 from .comparison_report import write_report
-from .comparison_sweeps import close_up, sweep_rows, time_rows
+from .comparison_run import Run
+from .comparison_sweeps import close_up
 from .figure_style import new_figure
 from .figures import landscape_figure, trace_figure
 from .head import Head
@@ -23,6 +24,10 @@ from .prompts import load_prompts
 from .rewards import Rewards, Text
 from .sampling import Sampler
 from .tuning import Strengths
+from .value_head import ValueHead
+
+OTHER = "other"
+"""The folder, in that of the comparison, of what prompts of another kind gave."""
 
 
 def evaluate(
@@ -43,6 +48,10 @@ def evaluate(
     head: Annotated[
         list[str] | None, typer.Option(metavar="NAME=HEAD", help="A head: a folder or an id. Repeat it for more.")
     ] = None,
+    prefix_scorer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=HEAD", help="A value head for CD prefix, in place of the first --head. Repeat it."),
+    ] = None,
     checkpoint: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=MODEL", help="Another model with this tokenizer, such as one trained by DPO."),
@@ -55,6 +64,13 @@ def evaluate(
         list[float] | None, typer.Option(help="KL per answer that strengths are tuned to. Repeat it; 1 and 4.")
     ] = None,
     best_of: Annotated[list[int] | None, typer.Option(min=2, help="n of best-of-n. Repeat it; 4 and 16.")] = None,
+    chat_judge: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Win rates by a chat model that is sent all answers, not by the judge."),
+    ] = None,
+    chat_judge_url: Annotated[
+        str | None, typer.Option(help="Its endpoint, such as http://127.0.0.1:8000/v1; OpenAI's where not given.")
+    ] = None,
     encoder: Annotated[
         str | None, typer.Option(help=f"Also measure coherence, by these sentence embeddings; the paper's: {SIMCSE}.")
     ] = None,
@@ -64,6 +80,13 @@ def evaluate(
     tuning_prompts: Annotated[int, typer.Option(min=2, help="Further prompts, to choose strengths on.")] = 100,
     tuning_split: Annotated[
         str | None, typer.Option(help="Where these are from; the same split where not given, but others than tested.")
+    ] = None,
+    other_prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A dataset of another kind: a second table, at the same strengths, and what heads do to the texts in "
+            'its column "completion", or else to the base model\'s answers.'
+        ),
     ] = None,
     answers: Annotated[int, typer.Option(min=1, help="To each prompt by each method.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
@@ -80,43 +103,84 @@ def evaluate(
     batch_sizes: Annotated[
         list[int] | None, typer.Option(min=1, help="Also what a token costs in batches of so many. Repeat it.")
     ] = None,
+    cards: Annotated[
+        bool, typer.Option("--cards", help="Write what each --head, then a folder, gained into its config and card.")
+    ] = False,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (extra: plots).")] = True,
 ) -> None:
     """Compare heads with the paper's baselines at equal KL: a table, figures, and all answers, in a folder."""
     if plots:
         new_figure(1, 1)  # without matplotlib it says how to get it, before anything is computed
-    targets = sorted(nats or [1.0, 4.0])
+    folders = _folders(head) if cards else {}
     tuned_on, tested_on = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
+    others = None if other_prompts is None else load_prompts(other_prompts, split="train", limit=limit, seed=seed)
     language, tokenizer = language_model(model, dtype=dtype.value)
-    rewards, *others = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
-    judges = {"judge" if i == 1 else f"judge_{i}": one for i, one in enumerate(others, 1)}
-    sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed)
-    heads: dict[str, Head] = {
-        name: Head.from_pretrained(ref) for name, ref in named_heads(head or [], "--head").items()
-    }
-    for trained, one in itertools.product(heads.values(), judges.values()):
+    rewards, *judging = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
+    judges = {"judge" if i == 1 else f"judge_{i}": one for i, one in enumerate(judging, 1)}
+    plan = _plan(rewards, head, prefix_scorer, checkpoint, best_of, skip, dtype)
+    for trained, one in itertools.product(plan.heads.values(), judges.values()):
         warn_if_trained_by(trained, one)
-    models = named_heads(checkpoint or [], "--checkpoint")
-    checkpoints = {name: language_model(ref, dtype=dtype.value)[0] for name, ref in models.items()}
+    better = ChatJudge(chat_judge, chat_judge_url) if chat_judge is not None else next(iter(judges.values()), rewards)
     coherence = None if encoder is None else Coherence(encoder, device=language.device)
-    fitted = fitted_heads(rollouts, language, seed)
-    if taken := sorted(fitted.keys() & heads.keys()):
-        raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
-    plan = Plan(rewards, heads | fitted, checkpoints, best_of or [4, 16], frozenset(skip or []))
+    plan = plan.with_fitted(fitted_heads(rollouts, language, seed))
+    sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed)
+    names = [*judges, "reward"]
+    facts: dict[str, Any] = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0]}
+    facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward", "seed": seed}
     with ends_at_sigterm():
         tuned = Comparison(sampler, tuned_on, output_dir / "tuning")
-        comparison = Comparison(sampler, tested_on, output_dir, answers=answers)
-        strengths = Strengths(tuned, output_dir / "strengths.json", targets)
-        rows = _run(plan, comparison, strengths, judges, coherence)
-        more = _more(plan, tuned, strengths, judges, sweep, batch_sizes or [])
-    facts = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0], "seed": seed}
-    facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward"}
-    write_report(rows, output_dir, judges=[*judges, "reward"], facts=facts, more=more, figures=plots)
+        strengths = Strengths(tuned, output_dir / "strengths.json", sorted(nats or [1.0, 4.0]))
+        run = Run(plan, strengths, {**judges, "reward": rewards}, better, coherence)
+        rows = run.rows(Comparison(sampler, tested_on, output_dir, answers=answers))
+        more = run.more(tuned, sweep=sweep, batch_sizes=batch_sizes or [])
+        typer.echo(write_report(rows, output_dir, judges=names, facts=facts, more=more, figures=plots))
+        noted = {name: comparison_info(name, rows, names, facts) for name in folders}
+        if others is not None:
+            references = list(others["completion"]) if "completion" in others.column_names else None
+            comparison = Comparison(sampler, list(others["prompt"]), output_dir / OTHER, answers=answers)
+            rows = run.rows_of_others(comparison, references)
+            facts |= {"dataset": str(other_prompts), "strengths chosen on": facts["dataset"]}
+            typer.echo(write_report(rows, output_dir / OTHER, judges=names, facts=facts, figures=plots))
+            for name, info in noted.items():
+                info["other"] = comparison_info(name, rows, names, facts)
+    for name, info in noted.items():
+        as_written = card_as_written(plan.heads[name], folders[name])
+        plan.heads[name].config.info["comparison"] = info
+        plan.heads[name].save_pretrained(folders[name], replace_model_card=as_written)
     if plots and sweep and plan.value_head is not None:
         landscape, trace = close_up(sampler, tuned_on[0], plan.value_head[1])
         landscape_figure(landscape).savefig(output_dir / "landscape.png", dpi=100)
         trace_figure(trace, 0, tokenizer).savefig(output_dir / "answer.png", dpi=100)
-    typer.echo((output_dir / "table.md").read_text(encoding="utf-8"))
+
+
+def _folders(head: list[str] | None) -> dict[str, Path]:
+    """Where the named heads are."""
+    folders = {name: Path(ref) for name, ref in named_heads(head or [], "--head").items()}
+    if elsewhere := [str(folder) for folder in folders.values() if not folder.is_dir()]:
+        raise ValueError(f"--cards writes into folders of heads, and {elsewhere} are none. Save them, or leave it out.")
+    return folders
+
+
+def _plan(
+    rewards: Rewards,
+    head: list[str] | None,
+    prefix_scorer: list[str] | None,
+    checkpoint: list[str] | None,
+    best_of: list[int] | None,
+    skip: list[str] | None,
+    dtype: Dtype,
+) -> Plan:
+    """What the options name, loaded."""
+    heads, scorers = named_heads(head or [], "--head"), named_heads(prefix_scorer or [], "--prefix-scorer")
+    models = named_heads(checkpoint or [], "--checkpoint")
+    return Plan(
+        rewards,
+        {name: Head.from_pretrained(ref) for name, ref in heads.items()},
+        {name: language_model(ref, dtype=dtype.value)[0] for name, ref in models.items()},
+        best_of or [4, 16],
+        {name: ValueHead.from_pretrained(ref) for name, ref in scorers.items()},
+        frozenset(skip or []),
+    )
 
 
 def _prompts(
@@ -133,41 +197,3 @@ def _prompts(
             "and two or more to test on. Lower --tuning-prompts, or name another --split or --tuning-split."
         )
     return prompts[:tuning_prompts], prompts[tuning_prompts:]
-
-
-def _run(
-    plan: Plan,
-    comparison: Comparison,
-    strengths: Strengths,
-    judges: dict[str, Rewards],
-    coherence: Coherence | None,
-) -> list[dict[str, Any]]:
-    scorers = {**judges, "reward": plan.rewards}
-    base = comparison.answered(Entry(Base()))
-    rows = [figures(base, base, scorers, coherence=coherence)]
-    with logging.tqdm(desc="methods") as bar:
-        for entry in plan.entries(strengths):
-            rows.append(figures(comparison.answered(entry), base, scorers, coherence=coherence))
-            bar.update()
-    return rows
-
-
-def _more(
-    plan: Plan,
-    tuned: Comparison,
-    strengths: Strengths,
-    judges: dict[str, Rewards],
-    sweep: bool,
-    batch_sizes: list[int],
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by the name of their figure."""
-    more: dict[str, list[dict[str, Any]]] = {}
-    if sweep and plan.value_head is not None:
-        name, head = plan.value_head
-        more["sweep"] = sweep_rows(tuned, head, name, {**judges, "reward": plan.rewards})
-    if batch_sizes:
-        strongest = max(strengths.targets)
-        methods = [entry.method for entry in plan.entries(strengths) if entry.setting in (None, strongest)]
-        prompts = [tuned.prompts[i % len(tuned.prompts)] for i in range(max(batch_sizes))]
-        more["time"] = time_rows(tuned.sampler, prompts, [Base(), *methods], batch_sizes)
-    return more

@@ -9,7 +9,7 @@ import typer
 
 from .calibration import calibrate as calibrate_head
 from .calibration import sample_states
-from .cli_inputs import function_or_name, language_model, reward_functions
+from .cli_inputs import card_as_written, function_or_name, language_model, reward_functions
 from .cli_rollouts import Dtype
 from .coherence import SIMCSE, Coherence
 from .control_search import MAX_PERPLEXITY_RATIO, check_coherence, load_optuna, named_objective, search_control
@@ -113,7 +113,7 @@ def tune(
         seed=seed,
     )
     _show(search)
-    as_written = _card_as_written(loaded, Path(output or head))
+    as_written = card_as_written(loaded, Path(output or head))
     search.apply_to(loaded)
     loaded.save_pretrained(output or head, replace_model_card=as_written)
     typer.echo(f"Saved in {output or head}. Trial {search.best.number} is how it steers unless told otherwise.")
@@ -154,7 +154,7 @@ def _calibrate(
     if prompts is not None:
         dataset = _answers_to(prompts, language, tokenizer, max_new_tokens)
     states = sample_states(dataset)
-    as_written = _card_as_written(loaded, output)
+    as_written = card_as_written(loaded, output)
     calibrate_head(loaded, language, states)
     loaded.save_pretrained(output, replace_model_card=as_written)
     control = loaded.config.control
@@ -163,12 +163,6 @@ def _calibrate(
     for kl, multiplier in control.calibration:
         typer.echo(f"{kl:8g} nats a token: {control.multiplier.replace('_', ' ')} {multiplier:.4g}")
     typer.echo(f"Saved in {output}. Its strength is {control.strength:g} unless told otherwise.")
-
-
-def _card_as_written(head: Head, output: Path) -> bool:
-    """Whether the card there is the head's own: one edited by hand stays."""
-    card = output / "README.md"
-    return card.is_file() and card.read_text(encoding="utf-8") == head.model_card()
 
 
 def _answers_to(prompts: Path, model: Any, tokenizer: Any, max_new_tokens: int) -> Any:

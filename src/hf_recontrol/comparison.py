@@ -95,7 +95,7 @@ class Comparison:
         Raises:
             CollectError: the file is of other settings or damaged; or the disk refused.
         """
-        file = self.folder / f"{_slug(entry.label)}.jsonl"
+        file = self.folder / f"{slug(entry.label)}.jsonl"
         facts = json.loads(json.dumps({**self.facts, "method": entry.method.facts(), "setting": entry.setting}))
         if not file.exists():
             made = self._answer(entry)
@@ -189,6 +189,11 @@ def figures(answered: Answered, base: Answered, judges: Mapping[str, Rewards], *
     row["kl_per_answer"] = math.nan if None in spent else math.fsum(spent) / len(spent)
     for name, judge in judges.items():
         before, after = (_scores(name, judge, part) for part in (base, answered))
+        if not before.std() > 0:
+            raise ValueError(
+                f"The {name}, {', '.join(judge.names)}, gives all answers of the base model the same number, which "
+                "leaves no unit for gains. Take another one, or more prompts; the answers are kept."
+            )
         row[name] = asdict(paired_bootstrap(before / before.std(), after / before.std()))
     row["perplexity_ratio"] = _perplexity(answered) / _perplexity(base)
     row |= evaluate_answers(rows, **options)
@@ -216,6 +221,6 @@ def _perplexity(answered: Answered) -> float:
     return math.exp(-math.fsum(row["log_prob"] for row in rows) / tokens)
 
 
-def _slug(label: str) -> str:
-    """A file's name."""
+def slug(label: str) -> str:
+    """A file's name for an entry's label."""
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")

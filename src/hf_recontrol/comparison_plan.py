@@ -1,16 +1,17 @@
 """Which methods a comparison has: the paper's, as far as heads, checkpoints and rollouts are given, and placebos."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .baselines import ARGS, Base, BestOfN, Checkpoint, Method, PrefixScorer, Prompted
+from .baselines import ARGS, Base, BestOfN, Blockwise, Checkpoint, Method, PrefixScorer, Prompted
 from .calibration import calibrate, sample_states
 from .comparison import Entry
 from .comparison_heads import ShuffledRewards, fit_static_head, random_direction
 from .fitting import fit_linear_head
 from .head import Head
+from .hooks import hidden_width
 from .rewards import Rewards
 from .rollout_dataset import RolloutDataset
 from .tuning import Family, Strengths, steered_by
@@ -30,8 +31,20 @@ class Plan:
     """By name. The first is also combined with prompting, the first value head is also the scorer of CD prefix."""
     checkpoints: dict[str, Any]
     best_of: list[int]
+    scorers: dict[str, ValueHead] = field(default_factory=dict)
+    """By name: what CD prefix scores with, in place of the first value head."""
     skip: frozenset[str] = frozenset()
     """Names of rows to leave out."""
+
+    def with_fitted(self, heads: dict[str, Head]) -> "Plan":
+        """With the heads that the comparison makes by itself.
+
+        Raises:
+            ValueError: one of the plan's heads has the name of one of them.
+        """
+        if taken := sorted(heads.keys() & self.heads.keys()):
+            raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
+        return replace(self, heads=self.heads | heads)
 
     def entries(self, strengths: Strengths) -> Iterator[Entry]:
         """All but the base model; strengths are found as they are needed."""
@@ -42,6 +55,13 @@ class Plan:
             if name not in self.skip:
                 for target, (multiplier, _) in zip(strengths.targets, strengths.of(family, start), strict=True):
                     yield Entry(family(multiplier), target, name in PLACEBOS)
+
+    @property
+    def prefix_scorers(self) -> dict[str, ValueHead]:
+        """By the name of their rows."""
+        if self.scorers:
+            return {f"CD prefix, {name}": head for name, head in self.scorers.items()}
+        return {} if self.value_head is None else {"CD prefix": self.value_head[1]}
 
     @property
     def value_head(self) -> tuple[str, ValueHead] | None:
@@ -55,6 +75,8 @@ class Plan:
         for n in self.best_of:
             yield BestOfN(self.rewards, n)
         yield ARGS(self.rewards, top_k=CANDIDATES, name=f"CD (ARGS), top {CANDIDATES} only")
+        for name, scorer in self.prefix_scorers.items():
+            yield Blockwise(scorer, name=f"{name}, block-wise")
         for name, model in self.checkpoints.items():
             yield Checkpoint(name, model)
 
@@ -65,20 +87,26 @@ class Plan:
             yield name, steered_by(head, name), start
         first = next(iter(self.heads.items()), None)
         if first is not None:
-            family = steered_by(first[1], first[0])
-            yield f"{first[0]} + prompting", lambda x: Prompted(family(x)), 1.0
+            yield f"{first[0]} + prompting", _prompted(steered_by(first[1], first[0])), 1.0
         kept: dict[str, Any] = {"top_k": CANDIDATES, "keep_others": True}
         yield "CD (ARGS)", lambda weight: ARGS(self.rewards, weight, **kept), 1.0
-        if self.value_head is not None:
-            _, scorer = self.value_head
-            yield "CD prefix", lambda weight: PrefixScorer(scorer, weight, **kept), 1.0
-            yield "CD prefix + prompting", lambda weight: Prompted(PrefixScorer(scorer, weight, **kept)), 1.0
+        for name, scorer in self.prefix_scorers.items():
+            scored = _scored(scorer, name, kept)
+            yield name, scored, 1.0
+            yield f"{name} + prompting", _prompted(scored), 1.0
+
+
+def _scored(scorer: ValueHead, name: str, kept: dict[str, Any]) -> Family:
+    return lambda weight: PrefixScorer(scorer, weight, name=name, **kept)
+
+
+def _prompted(family: Family) -> Family:
+    return lambda strength: Prompted(family(strength))
 
 
 def fitted_heads(rollouts: Path | None, model: Any, seed: int) -> dict[str, Head]:
     """Heads that need no training: a random direction, and of rollouts Static RE, a linear head and its placebo."""
-    width = model.get_output_embeddings().weight.shape[1]
-    found: dict[str, Head] = {"random direction": random_direction(width, seed)}
+    found: dict[str, Head] = {"random direction": random_direction(hidden_width(model), seed)}
     if rollouts is None:
         return found
     train, held_out = RolloutDataset(rollouts).split(0.1, seed=seed)

@@ -18,8 +18,8 @@ def write_report(
     facts: Mapping[str, Any],
     more: Mapping[str, Sequence[Row]] | None = None,
     figures: bool = True,
-) -> None:
-    """Write results.json, table.md, and with `figures` (matplotlib) comparison.png, kl.png and those of `more`.
+) -> str:
+    """Write results.json, table.md, and with `figures` (matplotlib) comparison.png, kl.png, and those of `more`.
 
     Args:
         rows: one for each method at each setting; see comparison.figures.
@@ -27,44 +27,66 @@ def write_report(
         judges: the names of the judges in the rows, the one that matters first.
         facts: of the run, for results.json and the line under the table.
         more: rows of other figures: "sweep" and "time", see comparison_sweeps.
+
+    Returns:
+        The text of table.md.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = {"facts": dict(facts), "judges": list(judges), "rows": list(rows), **(more or {})}
     data = json.dumps(_without_nan(results), indent=1, ensure_ascii=False) + "\n"
     (folder / "results.json").write_text(data, encoding="utf-8")
-    (folder / "table.md").write_text(table(rows, judges, facts), encoding="utf-8")
+    text = table(rows, judges, facts)
+    (folder / "table.md").write_text(text, encoding="utf-8")
     if figures:
         for name, figure in _figures(rows, judges[0], more or {}).items():
             figure.savefig(folder / f"{name}.png", dpi=100)
+    return text
 
 
 def _figures(rows: Sequence[Row], judge: str, more: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    from .comparison_figures import comparison_figure, kl_figure, sweep_figure, time_figure
+    from .comparison_figures import comparison_figure, kl_figure, sweep_figure, time_figure, win_rate_figure
 
     settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
     shown = settings[len(settings) // 2] if settings else None
     bars = [row for row in rows if row["setting"] in (None, shown)]
     figures: dict[str, Any] = {"comparison": comparison_figure(bars, by=judge), "kl": kl_figure(rows)}
-    draw = {"sweep": sweep_figure, "time": time_figure}
-    return figures | {name: draw[name](some) for name, some in more.items()}
+    if "sweep" in more:
+        figures["sweep"] = sweep_figure(more["sweep"])
+    if "time" in more:
+        figures["time"] = time_figure(more["time"])
+        if timed := _timed(rows, more["time"]):
+            figures["win_rate"] = win_rate_figure(timed)
+    return figures
 
 
-def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:
+def _timed(rows: Sequence[Row], time: Sequence[Row]) -> list[Row]:
+    """The rows at the strongest setting, with the seconds that a token took in the largest batch."""
+    largest, strongest = max(row["batch_size"] for row in time), max((row["setting"] or 0) for row in rows)
+    seconds = {row["method"]: row["seconds_per_token"] for row in time if row["batch_size"] == largest}
+    known = [row for row in rows if row.get("win_rate") and row["setting"] in (None, strongest)]
+    return [{**row, "seconds_per_token": seconds[row["method"]]} for row in known if row["method"] in seconds]
+
+
+def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any], references: Sequence[Row] = ()) -> str:
     """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
+    rows = [{**row, "ms_per_token": 1000 * row["seconds_per_token"]} for row in rows]
     columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
     columns.append(("nats per answer", _nats))
     columns += [(name, lambda row, name=name: _gain(row[name])) for name in judges]  # type: ignore[misc]
     columns += [
-        (title, lambda row, key=key, form=form: _number(row.get(key), form))  # type: ignore[misc]
+        (title, lambda row, key=key, form=form: _number(row[key], form) if key in row else "")  # type: ignore[misc]
         for title, key, form in (
             ("perplexity", "perplexity_ratio", "{:.2f} ×"),
             ("diversity", "diversity_20", "{:.3f}"),
             ("distinct-3", "distinct_3", "{:.3f}"),
             ("coherence", "coherence", "{:.3f}"),
+            ("win rate", "win_rate", "{:.2f}"),
             ("length", "length", "{:.1f}"),
             ("forwards", "forwards_per_token", "{:g}"),
-            ("ms per token", "seconds_per_token", "{:.2f}"),
+            ("ms per token", "ms_per_token", "{:.2f}"),
+            ("KL on given texts", "reference_kl", "{:.3f}"),
+            ("perplexity of given texts", "reference_perplexity", "{:.3f} ×"),
         )
         if any(row.get(key) is not None for row in rows)
     ]
@@ -87,20 +109,28 @@ def _gain(gain: Mapping[str, float]) -> str:
 
 
 def _number(value: Any, form: str) -> str:
+    if isinstance(value, Mapping):
+        value = value["mean"]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "?"
-    return form.format(value * 1000 if form == "{:.2f}" else value)
+    return form.format(value)
 
 
 def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:
     counts = " or ".join(map(str, sorted({row[name]["n"] for row in rows for name in judges})))
+    runs = max(row.get("runs", 1) for row in rows)
+    over = f"{runs} runs and {counts} prompts" if runs > 1 else f"{counts} prompts"
     columns = (
         f"{' and '.join(judges)}: gain over base in standard deviations of its answers, with the 95 % interval of a "
-        f"bootstrap over {counts} prompts. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
+        f"bootstrap over {over}. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
         "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
         "Diversity: of the first 20 words. Forwards: rows of a model for each token. ms per token: of all answers "
         "together, in batches; of CD with the measuring of its KL."
     )
+    if any(row.get("win_rate") for row in rows):
+        columns += " Win rate: over base, a tie as half a win."
+    if any("reference_kl" in row for row in rows):
+        columns += " Given texts: not written by the method; KL in nats a token, perplexity over that without the head."
     if any(row["placebo"] for row in rows):
         columns += " †: a placebo, which has nothing to find."
     run = " ".join(f"{name}: {value}." for name, value in facts.items() if isinstance(value, str | int | float))

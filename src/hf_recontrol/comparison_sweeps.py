@@ -10,6 +10,7 @@ import torch
 
 from .answers import evaluating, padding_token_id, seeded
 from .baselines import Base, Method, Steered
+from .coherence import Coherence
 from .comparison import Comparison, Entry, figures
 from .control_config import ControlConfig
 from .forwards import enabled, last_hidden_states
@@ -33,6 +34,7 @@ def sweep_rows(
     *,
     step_sizes: Sequence[float] = STEP_SIZES,
     num_steps: Sequence[int] = NUM_STEPS,
+    coherence: Coherence | None = None,
 ) -> list[dict[str, Any]]:
     """The figures of a value head at each α and n, with nothing that holds it back. See comparison.figures.
 
@@ -42,6 +44,7 @@ def sweep_rows(
         comparison: on prompts that nothing is tested on; keeps the answers.
         head, name: of the rows.
         judges: by name.
+        coherence: also measured where given.
 
     Returns:
         Rows with "step_size" and "num_steps" too.
@@ -54,7 +57,7 @@ def sweep_rows(
             alpha = share * own.step_size * own.num_steps / n
             config = ControlConfig(step_size=alpha, num_steps=n, max_kl=float("inf"))
             method = Steered(f"{name}, n = {n}, {share:g} × α", head, config)
-            row = figures(comparison.answered(Entry(method)), base, judges)
+            row = figures(comparison.answered(Entry(method)), base, judges, coherence=coherence)
             rows.append(row | {"method": name, "step_size": alpha, "num_steps": n})
     return rows
 

@@ -67,6 +67,11 @@ def lm_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+def hidden_width(model: PreTrainedModel) -> int:
+    """Of the hidden states that its LM head reads: what a head's hidden_size must be."""
+    return int(getattr(lm_head(model), "in_features", None) or model.config.get_text_config().hidden_size)
+
+
 def _lm_head_inside(model: PreTrainedModel) -> Any:
     """That of the one language model inside: Blip and NemotronH-Omni generate with it and do not hand its head on."""
     inside = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]

@@ -18,7 +18,7 @@ from .control_config import ControlConfig, as_float, is_known
 from .control_head import ControlHead
 from .errors import HeadMismatch
 from .head import Head
-from .hooks import lm_head, model_name
+from .hooks import hidden_width, model_name
 from .registry import as_head, register_value_heads, registered_head
 from .row_control import RowController
 from .start import Start
@@ -313,8 +313,7 @@ def check_base_model(head: Head, model: PreTrainedModel, *, strict: bool = False
         HeadMismatch: names both sides.
     """
     name, trained_on = model_name(model), head.config.base_model_name_or_path
-    width = getattr(lm_head(model), "in_features", None) or model.config.get_text_config().hidden_size
-    head.check_width(width, repr(name or type(model).__name__))
+    head.check_width(hidden_width(model), repr(name or type(model).__name__))
     kinds = head.config.base_model_type, model.config.model_type
     same = _may_be_same(trained_on, name) and (kinds[0] is None or kinds[0] == kinds[1])
     pair = (

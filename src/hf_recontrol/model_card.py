@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
+from .card_comparison import comparison_gains, comparison_lines
 from .card_text import code, escaped, mapping, number, one_line, pair
 from .card_tuning import tuning_lines
 
@@ -89,7 +90,8 @@ class CardFacts:
     """Pairs (mean KL per token in nats, the α at n steps, or the scale, that gives it)."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
-    `name_interval`, `answers`, `seed`), tuning (see Search.apply_to), data, license, language."""
+    `name_interval`, `answers`, `seed`), comparison (see comparison_info), tuning (see Search.apply_to), data, license,
+    language."""
 
 
 def card(facts: CardFacts) -> str:
@@ -103,7 +105,7 @@ def card(facts: CardFacts) -> str:
     answers = number(mapping(facts.info, "evaluation").get("answers"))
     shown_results = [(escaped(result.metric_name), _with_interval(result)) for result in results]
     text: str = ModelCard.from_template(
-        _yaml(facts, results),
+        _yaml(facts, [*results, *_gains(facts)]),
         template_str=Path(__file__).with_name("MODEL_CARD_TEMPLATE.md").read_text(encoding="utf-8"),
         kind=facts.kind,
         title=escaped(facts.repo_id or _title(facts)),
@@ -121,6 +123,7 @@ def card(facts: CardFacts) -> str:
         curves=list(_curves(facts)),
         evaluation=shown_results,
         evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
+        comparison=comparison_lines(facts.info),
         tuning=tuning_lines(facts.info),
     ).content
     return text
@@ -216,6 +219,26 @@ def _results(facts: CardFacts) -> list[EvalResult]:
                 )
                 results.append(result)
     return results
+
+
+def _gains(facts: CardFacts) -> list[EvalResult]:
+    """What the head gained in a comparison with other methods."""
+    dataset = one_line(mapping(mapping(facts.info, "comparison"), "facts").get("dataset") or "") or "prompts"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="prompts",
+            dataset_name=dataset,
+            metric_type=one_line(f"{gain['judge']} gain"),
+            metric_name=one_line(
+                f"Gain over the base model by the {gain['judge']}, in standard deviations of its answers, at "
+                f"{gain['nats']:g} nats an answer"
+            ),
+            metric_value=gain["mean"],
+            metric_args={name: gain[name] for name in ("n", "seed", "interval") if gain[name] is not None},
+        )
+        for gain in comparison_gains(facts.info)
+    ]
 
 
 def _with_interval(result: EvalResult) -> str:
