@@ -139,7 +139,7 @@ def evaluate(
             references = list(others["completion"]) if "completion" in others.column_names else None
             comparison = Comparison(sampler, list(others["prompt"]), output_dir / OTHER, answers=answers)
             rows = run.rows_of_others(comparison, references)
-            facts |= {"dataset": str(other_prompts), "strengths chosen on": facts["dataset"]}
+            facts |= {"dataset": str(other_prompts), "strengths chosen on": f"{dataset}, {tuning_split or split}"}
             typer.echo(write_report(rows, output_dir / OTHER, judges=names, facts=facts, figures=plots))
             for name, info in noted.items():
                 info["other"] = comparison_info(name, rows, names, facts)

@@ -57,6 +57,11 @@ class Plan:
                     yield Entry(family(multiplier), target, name in PLACEBOS)
 
     @property
+    def published(self) -> frozenset[str]:
+        """Names of the rows whose time the paper draws: base, the head that is compared, CD and CD prefix."""
+        return frozenset({"base", *list(self.heads)[:1], "CD (ARGS)", *self.prefix_scorers})
+
+    @property
     def prefix_scorers(self) -> dict[str, ValueHead]:
         """By the name of their rows."""
         if self.scorers:

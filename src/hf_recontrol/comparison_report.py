@@ -54,7 +54,7 @@ def _figures(rows: Sequence[Row], judge: str, more: Mapping[str, Sequence[Row]])
     if "sweep" in more:
         figures["sweep"] = sweep_figure(more["sweep"])
     if "time" in more:
-        figures["time"] = time_figure(more["time"])
+        figures["time"] = time_figure([row for row in more["time"] if row.get("drawn", True)])
         if timed := _timed(rows, more["time"]):
             figures["win_rate"] = win_rate_figure(timed)
     return figures

@@ -77,7 +77,8 @@ class Run:
             entries = self.plan.entries(self.strengths)
             methods = [entry.method for entry in entries if entry.setting in (None, strongest)]
             prompts = [tuned.prompts[i % len(tuned.prompts)] for i in range(max(batch_sizes))]
-            more["time"] = time_rows(tuned.sampler, prompts, [Base(), *methods], batch_sizes)
+            rows = time_rows(tuned.sampler, prompts, [Base(), *methods], batch_sizes)
+            more["time"] = [row | {"drawn": row["method"] in self.plan.published} for row in rows]
         return more
 
 
