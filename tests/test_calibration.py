@@ -187,3 +187,22 @@ def test_states_are_drawn_from_many_answers_and_again_the_same():
     assert not torch.equal(states, sample_states(answers, 200, seed=1))
     with pytest.raises(ValueError, match="no answers"):
         sample_states([])
+
+
+@pytest.mark.parametrize(("below", "above", "reached"), [(0.985, 1.02, True), (0.7, 1.3, False)])
+def test_a_mean_that_jumps_over_a_strength_is_taken_from_nearby(monkeypatch, below, above, reached):
+    """As that of few states does where a gate flips."""
+
+    def jumping(controller, model, states, cap):
+        alpha = controller.config.step_size
+        return 0.02 * alpha**2 * (above if alpha > 1 else below)
+
+    monkeypatch.setattr("hf_recontrol.calibration.mean_kl", jumping)
+    head = tiny_head()
+    if not reached:
+        with pytest.raises(ValueError, match=r"spends 0\.02 nats a token"):
+            calibrate(head, tiny_model(), torch.randn(20, 16))
+        return
+    calibrate(head, tiny_model(), torch.randn(20, 16))
+    strength, step_size = head.config.control.calibration[0]
+    assert jumping(Controller(head, ControlConfig(step_size)), None, None, None) == pytest.approx(strength, rel=0.05)

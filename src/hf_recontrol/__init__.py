@@ -18,6 +18,7 @@ from .judging import RewardJudge, WinRate, win_rate
 from .on_policy import train_control, train_value
 from .prompts import load_prompts
 from .registry import register_value_heads
+from .rewards import Rewards
 from .rollout_dataset import RolloutDataset
 from .rollouts import collect_rollouts
 from .trace import Trace
@@ -47,6 +48,7 @@ __all__ = [
     "RecontrolTrainingArguments",
     "RewardJudge",
     "RewardScale",
+    "Rewards",
     "RolloutDataset",
     "ScaleDefaults",
     "SteeringNotApplied",

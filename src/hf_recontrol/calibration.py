@@ -24,6 +24,7 @@ DEFAULT_STRENGTH = 0.1
 MAX_STATES = 2048  # their mean KL has a standard error of 2 to 3 %
 STATES_OF_AN_ANSWER = 16
 TOLERANCE = 0.005
+JUMP = 0.05  # of few states the mean KL jumps where a gate flips; their sampling error is larger than that
 MAX_TRIALS = 60
 
 
@@ -113,7 +114,8 @@ def _first_guess(head: Head, states: Tensor) -> float:
 
 
 def _multiplier_at(head: Head, model: PreTrainedModel, states: Tensor, strength: float, multiplier: float) -> float:
-    """The multiplier whose mean KL is `strength`, by secants in log multiplier and log KL from a first guess."""
+    """The multiplier whose mean KL is `strength`, by secants in log multiplier and log KL from a first guess; or, where
+    it jumps over it, the nearest that was tried."""
     tried: list[tuple[float, float]] = []
     for _ in range(MAX_TRIALS):
         kl = mean_kl(_at(head, multiplier), model, states, head.config.control.max_kl or BELT * strength)
@@ -123,6 +125,9 @@ def _multiplier_at(head: Head, model: PreTrainedModel, states: Tensor, strength:
             break
         tried.append((math.log(multiplier), math.log(kl)))
         multiplier *= math.exp((math.log(strength) - math.log(kl)) / _slope(tried[-2:]))
+    nearest = min(tried, key=lambda point: abs(point[1] - math.log(strength)), default=(math.inf, math.inf))
+    if abs(math.exp(nearest[1]) / strength - 1) < JUMP:
+        return math.exp(nearest[0])
     name = head.config.control.multiplier.replace("_", " ")
     raise ValueError(
         f"No {name} of this head spends {strength} nats a token: {multiplier:.3g} gave {kl:.3g}. Its control may be "

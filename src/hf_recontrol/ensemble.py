@@ -59,7 +59,9 @@ def fit_ensemble(
     its norm. There the ascent goes, and there they disagree. It trains num_heads + 1 heads.
 
     Args:
-        train_dataset, eval_dataset, base_model: as RecontrolTrainer takes them; base_model calibrates the result.
+        train_dataset: as RecontrolTrainer takes it.
+        eval_dataset: likewise.
+        base_model: likewise; calibrates the result.
         head: its shape is that of all the heads; written in place. Where None, a ValueHead of the default shape.
         args: of each of the fits; member i has the seed args.seed + i. Their checkpoints go to member-1, … in its
             output_dir; only the result is pushed.

@@ -57,7 +57,10 @@ def train_control(
     are kept, the fits are done again and come out the same.
 
     Args:
-        model, tokenizer, prompts, reward_funcs: as collect_rollouts takes them.
+        model: as collect_rollouts takes it.
+        tokenizer: likewise.
+        prompts: likewise.
+        reward_funcs: likewise.
         output_dir: made. rollouts-1, … are the answers of each iteration, head-1, … the heads, iterations.jsonl the
             curves.
         iterations: ≥ 1. Each costs as much as the first.
@@ -129,7 +132,10 @@ def train_value(
     are kept, the fits are done again and come out the same.
 
     Args:
-        model, tokenizer, prompts, reward_funcs: as collect_rollouts takes them.
+        model: as collect_rollouts takes it.
+        tokenizer: likewise.
+        prompts: likewise.
+        reward_funcs: likewise.
         output_dir: as train_control's.
         iterations: ≥ 1. The first collects answers of the base model, unless `head` is calibrated.
         strength: mean KL per token in nats, 0 to 0.4, that the next answers are steered at.
