@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from hf_recontrol import comparison_report
 from hf_recontrol.comparison_report import table, write_report
 
 
@@ -88,3 +89,17 @@ def test_the_bars_are_of_one_setting(tmp_path, monkeypatch):
         ("base", None), ("best-of-4", None), ("RE-Control", 4.0), ("best-of-4 + prompting", None),
     ]  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md", "comparison.png", "kl.png"}
+
+
+def test_the_curves_are_those_of_heads_and_of_best_of_n():
+    cheap = {"forwards_per_token": 1}
+    rows = [
+        *ROWS,
+        row("CD (ARGS)", setting=1.0),
+        row("mine", setting=1.0, **cheap),
+        row("mine + prompting", setting=1.0, **cheap),
+        row("prompting", **cheap),
+    ]
+    drawn = [found["method"] for found in comparison_report._against_kl(rows)]
+    assert drawn == ["mine", "best-of-4", "best-of-4 + prompting"]
+    assert comparison_report._against_kl(ROWS) == ROWS

@@ -50,7 +50,7 @@ def _figures(rows: Sequence[Row], judge: str, more: Mapping[str, Sequence[Row]])
     settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
     shown = settings[len(settings) // 2] if settings else None
     bars = [row for row in rows if row["setting"] in (None, shown)]
-    figures: dict[str, Any] = {"comparison": comparison_figure(bars, by=judge), "kl": kl_figure(rows)}
+    figures: dict[str, Any] = {"comparison": comparison_figure(bars, by=judge), "kl": kl_figure(_against_kl(rows))}
     if "sweep" in more:
         figures["sweep"] = sweep_figure(more["sweep"])
     if "time" in more:
@@ -58,6 +58,13 @@ def _figures(rows: Sequence[Row], judge: str, more: Mapping[str, Sequence[Row]])
         if timed := _timed(rows, more["time"]):
             figures["win_rate"] = win_rate_figure(timed)
     return figures
+
+
+def _against_kl(rows: Sequence[Row]) -> list[Row]:
+    """The heads, each a curve of one forward a token, and best-of-n; more would hide them. All where these are none."""
+    curves = [row for row in rows if row["setting"] is not None and row["forwards_per_token"] == 1]
+    curves = [row for row in curves if not row["method"].endswith("+ prompting")]
+    return [*curves, *(row for row in rows if row["method"].startswith("best-of-"))] if curves else list(rows)
 
 
 def _timed(rows: Sequence[Row], time: Sequence[Row]) -> list[Row]:
