@@ -64,6 +64,24 @@ def test_the_nearest_of_all_trials_is_taken():
     assert found == [(2.0, 4.0), (1.0, 1.0)]
 
 
+@pytest.mark.parametrize("power", [0.7, 2.0, 4.0])
+@pytest.mark.parametrize("start", [0.01, 1.0, 30.0])
+def test_targets_above_a_floor_are_reached_after_some_below_it(power, start):
+    """As under an instruction, which costs 1.26 nats by itself."""
+    asked = []
+
+    def with_floor(method):
+        asked.append(method.weight)
+        return 1.26 + method.weight**power
+
+    found = match_kl(
+        lambda weight: PrefixScorer(tiny_head(), weight), with_floor, [0.5, 1.0, 2.0, 4.0, 8.0], start=start
+    )
+    assert [kl for _, kl in found[2:]] == pytest.approx([2.0, 4.0, 8.0], rel=0.05)
+    assert [kl for _, kl in found[:2]] == pytest.approx([1.26, 1.26], rel=0.05)
+    assert len(asked) < 30  # of 40: the floor was seen
+
+
 def test_targets_that_cannot_be_and_methods_that_spend_nothing_are_refused(kl_of):
     for targets, options in (([], {}), ([0.0], {}), ([math.inf], {}), ([1.0], {"trials": 0}), ([1.0], {"start": 0.0})):
         with pytest.raises(ValueError, match="expected are nats per answer > 0"):

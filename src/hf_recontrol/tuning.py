@@ -15,6 +15,8 @@ from .head import Head
 from .rewards import Text
 from .sampling import Sampler
 
+FLAT = 0.1
+"""d log KL / d log multiplier below which a KL is at its floor; it is 2 for small multipliers."""
 Family = Callable[[float], Method]
 """From a multiplier > 0 to the method that steers so hard: a step size, a scale, a weight."""
 
@@ -42,8 +44,9 @@ def match_kl(
 ) -> list[tuple[float, float]]:
     """The multipliers at which a method's answers are so far from the base model's.
 
-    By secants in log multiplier and log KL, from the weakest target to the strongest. Every method gets the same
-    number of trials; the nearest one is taken, however near it came, and what it spends is returned beside it.
+    By lines in log multiplier and log KL, from the weakest target to the strongest. Every method may take the same
+    number of trials; the nearest one is taken, however near it came, and what it spends is returned beside it. A target
+    below what a method spends in any case, as under an instruction, is given up when that is seen.
 
     Args:
         family: from a multiplier to the method.
@@ -78,7 +81,7 @@ def match_kl(
                     "number > 0. Is its head trained, its reward not the same for all candidates?"
                 )
             tried.append((multiplier, kl))
-            if abs(kl / target - 1) < tolerance:
+            if abs(kl / target - 1) < tolerance or _at_floor(tried, target):
                 break
         found[target] = min(tried, key=lambda point: abs(math.log(point[1] / target)))
         multiplier = found[target][0]
@@ -101,15 +104,30 @@ def kl_per_answer(sampler: Sampler, prompts: Sequence[Text], measure: Callable[.
     return measured
 
 
+def _at_floor(tried: list[tuple[float, float]], target: float) -> bool:
+    """Whether a smaller multiplier left a KL above the target nearly as it was: it goes no lower."""
+    if len(tried) < 2:
+        return False
+    (before, kl_before), (last, kl) = tried[-2:]
+    return target < kl and last < before / 1.5 and math.log(kl_before / kl) < FLAT * math.log(before / last)
+
+
 def _next(tried: list[tuple[float, float]], target: float, multiplier: float) -> float:
-    """KL grows with the square of a small multiplier; a secant of the two nearest points knows better."""
+    """The next trial, by a line in log multiplier and log KL: between the nearest on either side, or beyond the last.
+
+    KL grows with the square of a small multiplier. It may have a floor, as under an instruction that costs some by
+    itself: so the last on a side is that of the farthest multiplier, and not of the nearest KL.
+    """
     if not tried:
         return multiplier
-    near = sorted(tried, key=lambda point: abs(math.log(point[1] / target)))[:2]
-    (x, y) = near[0]
-    slope = 2.0
-    if len(near) == 2 and near[1][0] != x:
-        slope = min(max(math.log(near[1][1] / y) / math.log(near[1][0] / x), 0.5), 4.0)
+    below = sorted(point for point in tried if point[1] < target)
+    above = sorted(point for point in tried if point[1] >= target)
+    if below and above and below[-1][0] < above[0][0]:
+        (x, y), (other, other_y) = below[-1], above[0]
+        share = math.log(target / y) / math.log(other_y / y)
+        return x * (other / x) ** min(max(share, 0.1), 0.9)
+    (x, y), (other, other_y) = (below[:-3:-1] or above)[:2] if len(below or above) > 1 else (below or above) * 2
+    slope = 2.0 if x == other else min(max(math.log(other_y / y) / math.log(other / x), 0.5), 4.0)
     return x * math.exp(math.log(target / y) / slope)
 
 
