@@ -87,7 +87,7 @@ def evaluate(args: argparse.Namespace, run: int, heads: Path, prompts: Path, *mo
     command += [part for nats in args.nats for part in ("--nats", str(nats))]
     command += [part for n in BEST_OF for part in ("--best-of", str(n))]
     command += [part for one in args.checkpoint for part in ("--checkpoint", one.format(run=run))]
-    command += ["--skip", "CD prefix, Q + prompting"]  # the scorer's loss is seen without it
+    command += ["--skip", "CD prefix, Q", "--skip", "CD prefix, Q + prompting"]  # its loss is seen block-wise
     command += ["--max-new-tokens", str(MAX_NEW_TOKENS), "--batch-size", "64", "--dtype", "float32"]
     subprocess.run([*command, "--seed", str(run), "--output-dir", str(output), *more], check=True)
     return output
