@@ -8,11 +8,14 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 TOKEN = "hf_testerMayWrite"
 READ_TOKEN = "hf_testerMayOnlyRead"
@@ -33,9 +36,12 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: Mapping[str, bytes], branch: str = "main", *, keep: bool = True) -> str:
-        """Add a commit that changes `files`, and return its id."""
+    def commit(
+        self, files: Mapping[str, bytes], branch: str = "main", *, keep: bool = True, deleted: Sequence[str] = ()
+    ) -> str:
+        """Add a commit that changes `files` and takes `deleted` away, and return its id."""
         before = self.commits.get(self.branches.get(branch, ""), {}) if keep else {}
+        before = {name: data for name, data in before.items() if name not in deleted}
         sha = hashlib.sha1(f"{len(self.commits)} {branch} {sorted(files)}".encode()).hexdigest()
         self.commits[sha] = {**before, **files}
         self.branches[branch] = sha
@@ -94,6 +100,11 @@ class HubServer:
         self._server.server_close()
 
 
+def _card_data(card: bytes) -> dict[str, Any]:
+    parts = card.decode().split("---\n")
+    return yaml.safe_load(parts[1]) if len(parts) > 2 else {}
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -136,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if parts == ["repos", "create"]:
             return self._create(json.loads(body))
+        if parts == ["models"]:
+            return self._list()
         repo_id, action = "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
         repository = self._visible(repo_id)
         if repository is None:
@@ -162,6 +175,19 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"_id": "0", "id": repo_id, "sha": sha, "private": repository.private, "tags": [], "downloads": 0}
         return self._json({**info, "siblings": files})
 
+    def _list(self) -> None:
+        """The public repositories that have all tags that are asked for, as `expand` of cardData, tags and counts."""
+        wanted, found = set(self.query.get("filter", [])), []
+        for repo_id, repository in self.hub.repositories.items():
+            card = _card_data(repository.commits[repository.branches["main"]].get("README.md", b""))
+            relation = card.get("base_model_relation")
+            base = [f"base_model:{card.get('base_model')}", f"base_model:{relation}:{card.get('base_model')}"]
+            tags = [*card.get("tags", []), *(base if "base_model" in card else []), str(card.get("library_name"))]
+            if wanted <= set(tags) and not repository.private:
+                found.append({"_id": "0", "id": repo_id, "tags": tags, "cardData": card, "downloads": len(repo_id)})
+        limit = int(self.query.get("limit", ["1000"])[0])
+        return self._json(found[:limit])
+
     def _create(self, wanted: Mapping[str, object]) -> None:
         if self.token != TOKEN:
             return self._error(403 if self.token else 401)
@@ -185,7 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
         target = "refs/pr/1" if pull_request else branch
         if pull_request:
             repository.branches[target] = repository.branches[branch]
-        sha = repository.commit({change["path"]: base64.b64decode(change["content"]) for change in changes}, target)
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        files = {change["path"]: base64.b64decode(change["content"]) for change in changes}
+        sha = repository.commit(files, target, deleted=deleted)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
         if pull_request:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/1"

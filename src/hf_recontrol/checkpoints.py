@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from .errors import HeadMismatch, HeadUnavailable
 from .head import Head
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
-from .head_hub import push_files
+from .head_push import push_files
 from .training_args import RecontrolTrainingArguments
 
 

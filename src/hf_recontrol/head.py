@@ -1,44 +1,14 @@
 """What the two kinds of head share: they read standardised hidden states, and belong to one width."""
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .errors import HeadMismatch
 from .head_config import HeadConfig
 from .head_files import HeadFiles
-
-
-def _relu_slope(z: Tensor) -> Tensor:
-    return torch.relu(z).sign()  # 0 at the kink, as autograd has it; a third of the time of (z > 0).to(z.dtype)
-
-
-def _silu_slope(z: Tensor) -> Tensor:
-    gate = torch.sigmoid(z)
-    slope: Tensor = gate * (1 + z * (1 - gate))
-    return slope
-
-
-def _gelu_slope(z: Tensor) -> Tensor:
-    density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
-    slope: Tensor = (1 + torch.erf(z / 2**0.5)) / 2 + z * density
-    return slope
-
-
-def _tanh_slope(z: Tensor) -> Tensor:
-    return 1 - torch.tanh(z).square()
-
-
-ACTIVATION_AND_SLOPE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "relu": (torch.relu, _relu_slope),
-    "silu": (functional.silu, _silu_slope),
-    "gelu": (functional.gelu, _gelu_slope),
-    "tanh": (torch.tanh, _tanh_slope),
-}
 
 
 class Head(HeadFiles):

@@ -1,6 +1,7 @@
 """A head's files, written whole and read strictly: nothing is guessed, nothing that does not fit is loaded."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import stat
@@ -13,6 +14,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from .config_checks import shown
+from .custom_generate import check_can_stand_alone, standalone_generate
 from .errors import HeadError, HeadUnavailable
 from .head_config import HeadConfig
 from .head_format import (
@@ -26,7 +28,8 @@ from .head_format import (
     parse_weights,
     size_limit_of_weights,
 )
-from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version, push_files
+from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version
+from .head_push import push_files
 from .model_card import CardFacts, card
 
 
@@ -53,6 +56,7 @@ class HeadFiles(nn.Module):
         commit_message: str | None = None,
         create_pr: bool = False,
         replace_model_card: bool = False,
+        custom_generate: bool = False,
     ) -> None:
         """Write config.json, model.safetensors (float32) and README.md into a folder, and read them back.
 
@@ -65,13 +69,20 @@ class HeadFiles(nn.Module):
             repo_id: where to push; the folder's name where None.
             revision: branch to push to, and the rest: see `push_to_hub`.
             replace_model_card: write README.md anew, here and on the Hub.
+            custom_generate: with push_to_hub, as there. In a folder it would not know where the weights are.
 
         Raises:
-            HeadError: a weight is NaN, infinite or beyond 1e4, or weights and config do not fit. Nothing is written.
+            ValueError: custom_generate without push_to_hub.
+            HeadError: a weight is NaN, infinite or beyond 1e4, or weights and config do not fit, or the head cannot
+                have a custom_generate. Nothing is written.
             HeadUnavailable: the files were written, but not pushed.
         """
         directory = Path(save_directory)
         config_bytes, weights = self._to_bytes()
+        if custom_generate and not push_to_hub:
+            raise ValueError("custom_generate is for a repository on the Hub. Pass push_to_hub=True too.")
+        if custom_generate:
+            self._check_can_stand_alone()
         directory.mkdir(parents=True, exist_ok=True)
         # Weights first: beside an older config.json they are refused by their hash, never taken for its own.
         _write_whole(directory / WEIGHTS_NAME, weights)
@@ -79,7 +90,8 @@ class HeadFiles(nn.Module):
         card_path = directory / CARD_NAME
         name = repo_id or directory.resolve().name
         if replace_model_card or not card_path.exists():
-            _write_whole(card_path, self.model_card(name if push_to_hub else None).encode())
+            text = self.model_card(name if push_to_hub else None, custom_generate=custom_generate)
+            _write_whole(card_path, text.encode())
         _read_head(FolderHead(directory), self.config_class)
         if push_to_hub:
             self._warn_of_local_base_model()
@@ -92,6 +104,7 @@ class HeadFiles(nn.Module):
                 commit_message=commit_message,
                 create_pr=create_pr,
                 replace_model_card=replace_model_card,
+                generate_py=functools.partial(self._generate_py, weights) if custom_generate else None,
             )
 
     @classmethod
@@ -153,6 +166,8 @@ class HeadFiles(nn.Module):
         commit_message: str | None = None,
         create_pr: bool = False,
         replace_model_card: bool = False,
+        custom_generate: bool = False,
+        model_card: str | None = None,
     ) -> str:
         """Send config.json, model.safetensors and a card to the Hub in one commit.
 
@@ -164,28 +179,57 @@ class HeadFiles(nn.Module):
             commit_message: "Upload a head" where None.
             create_pr: open a pull request instead of committing.
             replace_model_card: write the repository's card anew; otherwise one that is there stays.
+            custom_generate: afterwards send custom_generate/generate.py, which steers as the head does by default where
+                this package is not installed: `model.generate(custom_generate="user/head", trust_remote_code=True)`.
+                Whoever calls that runs the repository's code. Otherwise a generate.py that is there is taken away.
+            model_card: the card's text; that of `model_card` where None.
 
         Returns:
             The URL of the commit, or of the pull request.
 
         Raises:
-            HeadError: a weight is NaN, infinite or beyond 1e4.
+            HeadError: a weight is NaN, infinite or beyond 1e4; or custom_generate is asked for and the head's defaults
+                do not steer, or have a max_relative_norm, regularization or target_value, which it does not support.
             HeadUnavailable: no network, no token, or no right to write.
         """
         config_bytes, weights = self._to_bytes()
+        if custom_generate:
+            self._check_can_stand_alone()
         self._warn_of_local_base_model()
+        text = self.model_card(repo_id, custom_generate=custom_generate) if model_card is None else model_card
         return push_files(
             repo_id,
-            {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: self.model_card(repo_id).encode()},
+            {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: text.encode()},
             revision=revision,
             token=token,
             private=private,
             commit_message=commit_message,
             create_pr=create_pr,
             replace_model_card=replace_model_card,
+            generate_py=functools.partial(self._generate_py, weights) if custom_generate else None,
         )
 
-    def model_card(self, repo_id: str | None = None) -> str:
+    def is_zero(self) -> bool:
+        """Whether it steers nowhere, whatever the defaults."""
+        return False
+
+    def _check_can_stand_alone(self) -> None:
+        if self.is_zero():
+            raise HeadError("The head is 0 everywhere, so its custom_generate would give plain text. Train it first.")
+        check_can_stand_alone(self.config)
+
+    def _generate_py(self, weights: bytes, repo_id: str, commit: str) -> str:
+        base_model = self.config.base_model_name_or_path
+        return standalone_generate(
+            self.config,
+            repo_id=repo_id,
+            revision=commit,
+            sha256=hashlib.sha256(weights).hexdigest(),
+            base_model=base_model if is_hub_id(base_model) else None,
+            version=package_version(),
+        )
+
+    def model_card(self, repo_id: str | None = None, *, custom_generate: bool = False) -> str:
         """The text of README.md: what the config says, with the Hub's YAML. What is not known is left out."""
         config, control = self.config, self.config.control
         base_model = config.base_model_name_or_path
@@ -205,6 +249,7 @@ class HeadFiles(nn.Module):
                 scale=getattr(control, "scale", None),
                 strength=control.strength,
                 calibration=control.calibration,
+                custom_generate=custom_generate,
                 info=config.info,
             )
         )

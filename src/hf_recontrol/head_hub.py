@@ -1,17 +1,17 @@
-"""Where a head's files are: a folder, or one commit of a repository on the Hub; and how they get to the Hub."""
+"""Where a head's files are: a folder, or one commit of a repository on the Hub."""
 
 import contextvars
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
@@ -195,45 +195,6 @@ def checked_token(token: str | bool | None) -> str | bool | None:
             "The token holds a space, a line break or another character that no token has. Pass token.strip()."
         )
     return token
-
-
-def push_files(
-    repo_id: str,
-    files: Mapping[str, bytes],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    replace_model_card: bool = False,
-) -> str:
-    """Send `files` to the Hub in one commit, all or none, and return the URL of the commit or pull request.
-
-    Makes the repository and the branch if they do not exist. A card that is there stays unless `replace_model_card`.
-
-    Raises:
-        HeadUnavailable: no network, no token, no right to write, or somebody else pushed meanwhile.
-    """
-    api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=revision)
-        has_card = any(sibling.rfilename == CARD_NAME for sibling in there.siblings or [])
-        kept = {CARD_NAME} if has_card and not replace_model_card else set()
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items() if name not in kept],
-            commit_message=commit_message or "Upload a head",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=there.sha,  # a push by somebody else in between is an error, not overwritten
-        )
-    except HUB_FAILURES as error:
-        raise unavailable(error, f"The head was not pushed to {shown(repo_id)}: it", repo_id) from error
-    return str(commit.pr_url or commit.commit_url)
 
 
 def within(seconds: float, function: Callable[[], Result]) -> Result:

@@ -88,6 +88,8 @@ class CardFacts:
     """Mean KL per token, in nats, that the head is used with unless told otherwise; α or the scale belongs to it."""
     calibration: Sequence[Sequence[float]] = ()
     """Pairs (mean KL per token in nats, the α at n steps, or the scale, that gives it)."""
+    custom_generate: bool = False
+    """Whether the repository has custom_generate/generate.py."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
     `name_interval`, `answers`, `seed`), comparison (see comparison_info), tuning (see Search.apply_to), data, license,
@@ -113,6 +115,7 @@ def card(facts: CardFacts) -> str:
         base_model_revision=code(facts.base_model_revision),
         base_model_arguments=_arguments(base_model, facts.base_model_revision) if base_model else None,
         head_literal=json.dumps(facts.repo_id or "path/to/this/folder"),
+        custom_generate=facts.custom_generate,
         reward=code(facts.reward),
         control=_control(facts),
         keyword="recontrol_strength" if facts.strength is not None else f"recontrol_{_multiplier(facts)}",
@@ -135,7 +138,7 @@ def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
     return ModelCardData(
         library_name="hf-recontrol",
         pipeline_tag="text-generation",
-        tags=[TAGS[0], f"{facts.kind}-head", *TAGS[1:]],
+        tags=[TAGS[0], f"{facts.kind}-head", *TAGS[1:], *(["custom_generate"] if facts.custom_generate else [])],
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
         datasets=dataset,

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .head import ACTIVATION_AND_SLOPE, Head
+from .activations import ACTIVATION_AND_SLOPE
+from .head import Head
 from .head_config import HeadConfig, ValueHeadConfig
 
 

@@ -1,0 +1,102 @@
+"""How a head's files get to the Hub: in one commit, and a generate.py, which names that commit, in a second."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from .config_checks import shown
+from .custom_generate import GENERATE_NAME
+from .head_hub import CARD_NAME, HUB_FAILURES, checked_token, package_version, unavailable
+
+
+def push_files(
+    repo_id: str,
+    files: Mapping[str, bytes],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    replace_model_card: bool = False,
+    generate_py: Callable[[str, str], str] | None = None,
+) -> str:
+    """Send `files` to the Hub in one commit, all or none, and return the URL of the commit or pull request.
+
+    Makes the repository and the branch if they do not exist. A card that is there stays unless `replace_model_card`. A
+    custom_generate/generate.py that is there steers by the head of before: it is taken away, with a warning.
+
+    Args:
+        generate_py: from the repository's full id and the commit of `files` to a custom_generate/generate.py. It is
+            sent in a second commit, since it names the first, together with the card, which speaks of it.
+
+    Raises:
+        HeadUnavailable: no network, no token, no right to write, or somebody else pushed meanwhile. Where it was the
+            second commit that failed, the message says so.
+    """
+    api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
+    commit_message = commit_message or "Upload a head"
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+        present = {sibling.rfilename for sibling in there.siblings or []}
+        keeps_card = CARD_NAME in present and not replace_model_card
+        sent = {name: data for name, data in files.items() if not (keeps_card and name == CARD_NAME)}
+        later = {} if generate_py is None else {name: sent.pop(name) for name in {CARD_NAME} & sent.keys()}
+        stale = [CommitOperationDelete(GENERATE_NAME)] if generate_py is None and GENERATE_NAME in present else []
+        commit = api.create_commit(
+            repo_id,
+            [*_added(sent), *stale],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=there.sha,  # a push by somebody else in between is an error, not overwritten
+        )
+    except HUB_FAILURES as error:
+        raise unavailable(error, f"The head was not pushed to {shown(repo_id)}: it", repo_id) from error
+    if stale:
+        warnings.warn(
+            f"{GENERATE_NAME} of {shown(repo_id)} steered by the head of before, and was taken away. To have it again, "
+            "push with custom_generate=True.",
+            stacklevel=3,
+        )
+    if generate_py is None:
+        return str(commit.pr_url or commit.commit_url)
+    later[GENERATE_NAME] = generate_py(repo_id, commit.oid).encode()
+    last = _push_second(api, repo_id, later, commit, revision, says_so=not keeps_card)
+    return str(commit.pr_url or last.commit_url)
+
+
+def _added(files: Mapping[str, bytes]) -> list[CommitOperationAdd]:
+    return [CommitOperationAdd(name, content) for name, content in files.items()]
+
+
+def _push_second(
+    api: HfApi, repo_id: str, files: Mapping[str, bytes], first: CommitInfo, revision: str | None, *, says_so: bool
+) -> CommitInfo:
+    """The commit of generate.py upon that of the head; with a warning where a card that was kept is silent about it."""
+    try:
+        last: CommitInfo = api.create_commit(
+            repo_id,
+            _added(files),
+            commit_message=f"{GENERATE_NAME} for {first.oid[:7]}",
+            revision=first.pr_revision or revision,
+            parent_commit=first.oid,
+        )
+        if not says_so:
+            card = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=last.oid)).read_text(encoding="utf-8")
+            says_so = "custom_generate" in card
+    except HUB_FAILURES as error:
+        subject = f"The head was pushed to {shown(repo_id)}, but without {GENERATE_NAME} (push again): the repository"
+        raise unavailable(error, subject, repo_id) from error
+    if not says_so:
+        warnings.warn(
+            f"The card of {shown(repo_id)} was kept, and does not speak of custom_generate. Add it there, or push with "
+            "replace_model_card=True.",
+            stacklevel=4,
+        )
+    return last
