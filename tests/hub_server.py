@@ -169,11 +169,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(
                 {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
+        if action == "tree":
+            return self._tree(repository.commits[sha], "".join(f"{part}/" for part in parts[5:]))
         if action == "commit":
             return self._commit(repo_id, repository, revision, body)
         files = [{"rfilename": name} for name in sorted(repository.commits[sha])]
         info = {"_id": "0", "id": repo_id, "sha": sha, "private": repository.private, "tags": [], "downloads": 0}
         return self._json({**info, "siblings": files})
+
+    def _tree(self, files: Mapping[str, bytes], folder: str) -> None:
+        """The files of a folder, and of those in it."""
+        found = [name for name in files if name.startswith(folder)]
+        if not found:
+            return self._error(404, "EntryNotFound")
+        entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0"} for name in found]
+        return self._json(entries)
 
     def _list(self) -> None:
         """The public repositories that have all tags that are asked for, as `expand` of cardData, tags and counts."""

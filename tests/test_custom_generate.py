@@ -407,7 +407,7 @@ def test_a_later_push_without_it_takes_the_old_one_away_and_says_so(hub, pushed)
 
 def test_a_card_that_is_kept_and_silent_is_warned_of(hub, pushed):
     hub.add("user/head", {"README.md": b"mine"})
-    with pytest.warns(UserWarning, match="was kept, and does not speak of custom_generate"):
+    with pytest.warns(UserWarning, match="is kept, and does not speak of custom_generate"):
         pushed(tiny_head())
     assert files(hub)["README.md"] == b"mine"
     with warnings.catch_warnings():

@@ -167,7 +167,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
     )
     data, body = split(card(hostile))
     assert card(hostile).encode()  # no lone surrogate
-    assert set(data) <= {"library_name", "pipeline_tag", "tags", "model-index"}
+    assert set(data) <= {"library_name", "pipeline_tag", "tags", "model-index", "reward"}
     _, expected = split(card(harmless))
     assert body.count("\n") == expected.count("\n")  # no line of its own
     interpreted = re.sub(r"```.*?```|(?<!\\)`[^`\n]*`", "", body, flags=re.DOTALL)

@@ -12,6 +12,7 @@ import typer
 from .cli_evaluate import evaluate
 from .cli_inputs import named_heads
 from .cli_rollouts import rollouts
+from .cli_share import list_, merge, push
 from .cli_train import train
 from .cli_tune import tune
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
@@ -38,6 +39,9 @@ app = typer.Typer(
 app.command()(rollouts)
 app.command()(evaluate)
 app.command()(tune)
+app.command()(push)
+app.command("list")(list_)
+app.command()(merge)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 StepSize = Annotated[float | None, typer.Option(help="α of a value head; its own where not given.")]

@@ -94,6 +94,14 @@ class Controller:
         """Whether nothing is edited: α = 0 or n = 0, and the scale is 0."""
         return (self.step_size == 0 or self.num_steps == 0) and not any(scale for _, scale in self._controls)
 
+    @property
+    def multipliers(self) -> dict[Head, float]:
+        """α of each value head, and the scale of each control head, before its weight."""
+        return {
+            head: self._step_size(head) if isinstance(head, ValueHead) else self._scale(head)  # type: ignore[arg-type]
+            for head in self.heads
+        }
+
     def facts(self) -> dict[str, Any]:
         """What decides the control, as plain JSON: two controllers whose facts are equal steer alike."""
         heads = [[head.digest(), float(factor)] for head, factor in [*self._controls, *self._values]]

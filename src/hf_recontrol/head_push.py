@@ -67,7 +67,7 @@ def push_files(
     if generate_py is None:
         return str(commit.pr_url or commit.commit_url)
     later[GENERATE_NAME] = generate_py(repo_id, commit.oid).encode()
-    last = _push_second(api, repo_id, later, commit, revision, says_so=not keeps_card)
+    last = _push_second(api, repo_id, later, commit, revision)
     return str(commit.pr_url or last.commit_url)
 
 
@@ -76,9 +76,9 @@ def _added(files: Mapping[str, bytes]) -> list[CommitOperationAdd]:
 
 
 def _push_second(
-    api: HfApi, repo_id: str, files: Mapping[str, bytes], first: CommitInfo, revision: str | None, *, says_so: bool
+    api: HfApi, repo_id: str, files: Mapping[str, bytes], first: CommitInfo, revision: str | None
 ) -> CommitInfo:
-    """The commit of generate.py upon that of the head; with a warning where a card that was kept is silent about it."""
+    """The commit of generate.py upon that of the head; with a warning where the card is silent about it."""
     try:
         last: CommitInfo = api.create_commit(
             repo_id,
@@ -87,16 +87,14 @@ def _push_second(
             revision=first.pr_revision or revision,
             parent_commit=first.oid,
         )
-        if not says_so:
-            card = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=last.oid)).read_text(encoding="utf-8")
-            says_so = "custom_generate" in card
+        card = files.get(CARD_NAME) or Path(api.hf_hub_download(repo_id, CARD_NAME, revision=last.oid)).read_bytes()
     except HUB_FAILURES as error:
         subject = f"The head was pushed to {shown(repo_id)}, but without {GENERATE_NAME} (push again): the repository"
         raise unavailable(error, subject, repo_id) from error
-    if not says_so:
+    if b"custom_generate" not in card:
         warnings.warn(
-            f"The card of {shown(repo_id)} was kept, and does not speak of custom_generate. Add it there, or push with "
-            "replace_model_card=True.",
+            f"The card of {shown(repo_id)} was edited, so it is kept, and does not speak of custom_generate. Add it "
+            "there, or push with replace_model_card=True.",
             stacklevel=4,
         )
     return last

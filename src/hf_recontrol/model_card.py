@@ -92,8 +92,8 @@ class CardFacts:
     """Whether the repository has custom_generate/generate.py."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
-    `name_interval`, `answers`, `seed`), comparison (see comparison_info), tuning (see Search.apply_to), data, license,
-    language."""
+    `name_interval`, `answers`, `seed`), comparison (see comparison_info), tuning (see Search.apply_to), merged ([name,
+    weight]), data, license, language."""
 
 
 def card(facts: CardFacts) -> str:
@@ -142,6 +142,7 @@ def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
         datasets=dataset,
+        reward=one_line(facts.reward) if facts.reward else None,  # `hf-recontrol list` shows it
         license=_identifier(info.get("license")),
         language=_identifier(info.get("language")),
         model_name=one_line(facts.repo_id or _title(facts)) if results else None,
@@ -179,6 +180,10 @@ def _training(facts: CardFacts) -> Iterator[str]:
         scale = "" if facts.reward_mean is None else f", mean {facts.reward_mean:.4g}"
         scale += "" if facts.reward_std is None else f", standard deviation {facts.reward_std:.4g}"
         yield f"Reward: {code(facts.reward)}{scale}"
+    merged = facts.info.get("merged")
+    for one in merged if isinstance(merged, list) else []:
+        if isinstance(one, list) and len(one) == 2 and (weight := number(one[1])) is not None:
+            yield f"Merged of: {weight:.4g} × {code(one[0])}"
     if mapping(facts.info, "training"):
         yield f"Objective: {OBJECTIVES.get(facts.kind, facts.kind)}"
     if facts.info.get("data") is not None:
