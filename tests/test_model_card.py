@@ -31,6 +31,7 @@ INFO = {
         ],
     },
     "data": "user/prompts",
+    "data_license": "odc-by",
     "license": "cc-by-4.0",
     "language": "en",
 }
@@ -87,6 +88,7 @@ def test_the_body_says_what_is_known():
     _, body = split(card(FULL))
     for words in ("politeness", "abc123", "user/base", "0.05 [0.03, 0.07]", "600 held-out", "6000", "α = 0.5"):
         assert words in body
+    assert "- Data: `user/prompts`, licence `odc-by`\n" in body
     assert "None" not in card(FULL)
     assert "Recipe" not in body
 
@@ -153,6 +155,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
             "front": [{"step_size": text, "reward": text, text: 1}, text],
         },
         "data": text,
+        "data_license": text,
         "license": text,
         "language": text,
     }

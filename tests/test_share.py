@@ -161,7 +161,7 @@ VALUES = st.recursive(
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(TEXTS, inside, max_size=3),
     max_leaves=8,
 )
-NAMES = ("training", "curves", "evaluation", "tuning", "merged", "data", "license", "language")
+NAMES = ("training", "curves", "evaluation", "tuning", "merged", "data", "data_license", "license", "language")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

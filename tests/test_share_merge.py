@@ -168,12 +168,12 @@ def test_the_bias_is_what_the_control_adds_to_the_logits(head):
 )
 def test_sequence_bias_gives_the_tokens_of_the_head(head, mode):
     model = enable_recontrol(tiny_model())
-    pairs = [[[i], value] for i, value in enumerate(logit_bias(head, model).tolist())]
+    biases = {(i,): value for i, value in enumerate(logit_bias(head, model).tolist())}
     steer = {**prompts(), "max_new_tokens": 10, **mode}
     torch.manual_seed(0)
     expected = model.generate(**steer, recontrol_value_head=head).tolist()
     torch.manual_seed(0)
-    assert model.generate(**steer, sequence_bias=pairs).tolist() == expected
+    assert model.generate(**steer, sequence_bias=biases).tolist() == expected
 
 
 def test_several_heads_make_one_bias_and_a_logit_scale_is_in_it():

@@ -42,7 +42,7 @@ def logit_bias(head: Head | Mapping[Head, float], model: Any, config: ControlCon
     Example:
         In OpenAI's API and vLLM b is a `logit_bias` (`save_logit_bias` writes it), in transformers a `sequence_bias`:
 
-            model.generate(**inputs, sequence_bias=[[[i], value] for i, value in enumerate(bias.tolist())])
+            model.generate(**inputs, sequence_bias={(i,): value for i, value in enumerate(bias.tolist())})
 
         With beams also renormalize_logits=True, since these add it to log-probabilities.
     """

@@ -93,7 +93,7 @@ class CardFacts:
     info: Mapping[str, Any] = field(default_factory=dict)
     """The config's `info`. Read: training, curves ([step, value] by name), evaluation (figures by name,
     `name_interval`, `answers`, `seed`), comparison (see comparison_info), tuning (see Search.apply_to), merged ([name,
-    weight]), data, license, language."""
+    weight]), data, data_license, license (the head's), language."""
 
 
 def card(facts: CardFacts) -> str:
@@ -187,7 +187,8 @@ def _training(facts: CardFacts) -> Iterator[str]:
     if mapping(facts.info, "training"):
         yield f"Objective: {OBJECTIVES.get(facts.kind, facts.kind)}"
     if facts.info.get("data") is not None:
-        yield f"Data: {code(facts.info['data'])}"
+        licence = facts.info.get("data_license")
+        yield f"Data: {code(facts.info['data'])}" + (f", licence {code(licence)}" if isinstance(licence, str) else "")
     for name, value in mapping(facts.info, "training").items():
         if isinstance(value, str) or number(value) is not None:
             yield f"{TRAINING_NAMES.get(name) or code(name)}: {code(value) if isinstance(value, str) else value}"
