@@ -210,21 +210,19 @@ def test_nothing_stays_on_the_model(pushed):
 def test_another_thread_on_the_same_model_is_plain(pushed):
     model, repo_id = tiny_model(), pushed(tiny_control_head())
     plain = model.generate(**prompts(), **MODES["greedy"], **TOKENS).tolist()
-    meanwhile = []
+    arguments = {**prompts(), **MODES["greedy"], **TOKENS}
+    steered, meanwhile = by_file(model, repo_id, **arguments).tolist(), []
 
-    class Aside(LogitsProcessor):
-        """While the steered generate() is at work, a thread makes a plain text."""
-
-        def __call__(self, input_ids, scores):
-            work = lambda: meanwhile.append(model.generate(**prompts(), **MODES["greedy"], **TOKENS).tolist())  # noqa: E731
+    def aside(*_):
+        """Between the layers of a steered forward, another thread makes a plain text."""
+        if threading.current_thread() is threading.main_thread():
+            work = lambda: meanwhile.append(model.generate(**arguments).tolist())  # noqa: E731
             thread = threading.Thread(target=work)
             thread.start()
             thread.join()
-            return scores
 
-    arguments = {**prompts(), **MODES["greedy"], **TOKENS}
-    steered = by_file(model, repo_id, **arguments).tolist()
-    assert by_file(model, repo_id, **arguments, logits_processor=[Aside()]).tolist() == steered
+    model.model.layers[0].register_forward_hook(aside)
+    assert by_file(model, repo_id, **arguments).tolist() == steered
     assert len(meanwhile) == TOKENS["max_new_tokens"]
     assert all(text == plain for text in meanwhile)
 
