@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN
 
 import hf_recontrol
 from hf_recontrol import enable_recontrol
@@ -50,9 +51,10 @@ def with_stand_ins(code):
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
-    """A folder with what the guides' commands name."""
+def files(hub, tmp_path, monkeypatch):
+    """A folder with what the guides' commands name, and a Hub on loopback where the user is logged in."""
     pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: TOKEN)
     monkeypatch.chdir(tmp_path)
     prompts = Demo().prompts["train"][:20]
     (tmp_path / "prompts").mkdir()
@@ -64,7 +66,10 @@ def files(tmp_path, monkeypatch):
         "def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n"
     )
     (tmp_path / "path" / "to").mkdir(parents=True)
-    Demo().head("value_head").save_pretrained(tmp_path / "path" / "to" / "head")
+    head = Demo().head("value_head")
+    head.config.base_model_name_or_path = None  # a folder has no place in a card
+    for name in ("head", "other"):
+        head.save_pretrained(tmp_path / "path" / "to" / name)
     return tmp_path
 
 
