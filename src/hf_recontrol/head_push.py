@@ -93,7 +93,7 @@ def _push_second(
         raise unavailable(error, subject, repo_id) from error
     if b"custom_generate" not in card:
         warnings.warn(
-            f"The card of {shown(repo_id)} is kept as it is, and does not speak of custom_generate. Add it "
+            f"The card of {shown(repo_id)} is kept, and does not speak of custom_generate. Add it "
             "there, or push with replace_model_card=True.",
             stacklevel=4,
         )
