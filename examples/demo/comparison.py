@@ -32,6 +32,7 @@ from hf_recontrol.trainer import RecontrolTrainer
 NATS = (0.5, 1, 2, 4, 8)
 BEST_OF = (2, 4, 16)
 RUNS = (1, 2, 3)
+BATCH_SIZES = (1, 8, 16, 32)
 PICTURES = ("sweep", "time", "win_rate", "landscape", "answer")
 OTHER_PROMPTS = Path(__file__).with_name("other_prompts.jsonl")
 
@@ -111,16 +112,27 @@ def main() -> None:
     for run in RUNS if args.run is None else (args.run,):
         heads = make_heads(demo, args.work, args.prompts, run)
         pictures = run == RUNS[0] and args.run is None
-        times = [part for size in (1, 8, 16, 32) for part in ("--batch-sizes", str(size))]
+        times = [part for size in BATCH_SIZES for part in ("--batch-sizes", str(size))]
         folders.append(evaluate(args, run, heads, prompts, *(["--sweep", *times] if pictures else ["--no-plots"])))
     if args.run is not None:
         return
     for part in (Path(), Path("other")):
         rows, gains = rows_of_runs(demo.scorers, [folder / part for folder in folders])
         first = json.loads((folders[0] / part / "results.json").read_text())
-        more = {name: first[name] for name in ("sweep", "time", "references") if name in first}
+        more = {name: first[name] for name in ("sweep", "time") if name in first}
+        seconds = {
+            row["method"]: row["seconds_per_token"]
+            for row in more.get("time", [])
+            if row["batch_size"] == max(BATCH_SIZES)
+        }
+        rows = [row | {"seconds_per_token": seconds[row["method"]]} if seconds else row for row in rows]
         kind = "sentences about anything but films" if part.name else "beginnings of film reviews"
-        facts = {"prompts": kind, "judge": "a classifier of whole reviews, which trained no head", "runs": len(folders)}
+        facts: dict[str, Any] = {
+            "prompts": kind,
+            "judge": "a classifier of whole reviews, which trained no head",
+            "runs": len(folders),
+        }
+        facts["ms per token"] = f"in batches of {max(BATCH_SIZES)}, the methods taking turns"
         write_report(rows, args.output / part, judges=["judge", "reward"], facts=facts, more=more)
         (args.output / part / "claims.md").write_text(claims(rows, gains), encoding="utf-8")
     for name in PICTURES:

@@ -20,7 +20,6 @@ MEANS = (
     "diversity_20",
     "distinct_3",
     "length",
-    "seconds_per_token",
     "forwards_per_token",
     "answers_cut",
     "answers_empty",

@@ -77,7 +77,9 @@ def _timed(rows: Sequence[Row], time: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any], references: Sequence[Row] = ()) -> str:
     """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
-    rows = [{**row, "ms_per_token": 1000 * row["seconds_per_token"]} for row in rows]
+    rows = [
+        row | {"ms_per_token": 1000 * row["seconds_per_token"]} if "seconds_per_token" in row else row for row in rows
+    ]
     columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
     columns.append(("nats per answer", _nats))
     columns += [(name, lambda row, name=name: _gain(row[name])) for name in judges]  # type: ignore[misc]
@@ -131,9 +133,10 @@ def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any])
         f"{' and '.join(judges)}: gain over base in standard deviations of its answers, with the 95 % interval of a "
         f"bootstrap over {over}. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
         "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
-        "Diversity: of the first 20 words. Forwards: rows of a model for each token. ms per token: of all answers "
-        "together, in batches; of CD with the measuring of its KL."
+        "Diversity: of the first 20 words. Forwards: rows of a model for each token."
     )
+    if any("seconds_per_token" in row for row in rows) and "ms per token" not in facts:
+        columns += " ms per token: of all answers together, in batches; of CD with the measuring of its KL."
     if any(row.get("win_rate") for row in rows):
         columns += " Win rate: over base, a tie as half a win."
     if any("reference_kl" in row for row in rows):
