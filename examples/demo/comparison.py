@@ -94,6 +94,22 @@ def evaluate(args: argparse.Namespace, run: int, heads: Path, prompts: Path, *mo
     return output
 
 
+def merge(demo: Demo, folders: list[Path], output: Path) -> None:
+    """The runs' tables as one, and what it claims."""
+    rows, gains = rows_of_runs(demo.scorers, folders)
+    first = json.loads((folders[0] / "results.json").read_text())
+    more = {name: first[name] for name in ("sweep", "time") if name in first}
+    facts: dict[str, Any] = {name: first["facts"][name] for name in ("dataset", "judges", "reward")}
+    facts |= {"dataset": Path(facts["dataset"]).name, "runs": len(folders)}
+    largest = [row for row in more.get("time", []) if row["batch_size"] == max(BATCH_SIZES)]
+    if largest:
+        facts["ms per token"] = f"in batches of {max(BATCH_SIZES)}, the methods taking turns"
+        seconds = {row["method"]: row["seconds_per_token"] for row in largest}
+        rows = [row | {"seconds_per_token": seconds[row["method"]]} for row in rows]
+    write_report(rows, output, judges=["judge", "reward"], facts=facts, more=more)
+    (output / "claims.md").write_text(claims(rows, gains), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("comparison"), help="a folder")
@@ -117,24 +133,7 @@ def main() -> None:
     if args.run is not None:
         return
     for part in (Path(), Path("other")):
-        rows, gains = rows_of_runs(demo.scorers, [folder / part for folder in folders])
-        first = json.loads((folders[0] / part / "results.json").read_text())
-        more = {name: first[name] for name in ("sweep", "time") if name in first}
-        seconds = {
-            row["method"]: row["seconds_per_token"]
-            for row in more.get("time", [])
-            if row["batch_size"] == max(BATCH_SIZES)
-        }
-        rows = [row | {"seconds_per_token": seconds[row["method"]]} if seconds else row for row in rows]
-        kind = "sentences about anything but films" if part.name else "beginnings of film reviews"
-        facts: dict[str, Any] = {
-            "prompts": kind,
-            "judge": "a classifier of whole reviews, which trained no head",
-            "runs": len(folders),
-        }
-        facts["ms per token"] = f"in batches of {max(BATCH_SIZES)}, the methods taking turns"
-        write_report(rows, args.output / part, judges=["judge", "reward"], facts=facts, more=more)
-        (args.output / part / "claims.md").write_text(claims(rows, gains), encoding="utf-8")
+        merge(demo, [folder / part for folder in folders], args.output / part)
     for name in PICTURES:
         shutil.copy(folders[0] / f"{name}.png", args.output)
 
