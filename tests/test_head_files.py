@@ -207,7 +207,7 @@ def test_another_kind_of_file_named_safetensors_is_refused(folder, what):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fifo_a_folder_and_a_device_are_refused_at_once(folder, name):
+def test_a_fifo_a_folder_and_a_link_to_itself_are_refused_at_once(folder, name):
     signal.alarm(5)  # a naive open of a FIFO waits forever
     try:
         (folder / name).unlink()
@@ -217,20 +217,42 @@ def test_a_fifo_a_folder_and_a_device_are_refused_at_once(folder, name):
         (folder / name).mkdir()
         refused(folder, f"{name} cannot be read")
         (folder / name).rmdir()
-        (folder / name).symlink_to("/dev/zero")
-        refused(folder, "regular file")
-        (folder / name).unlink()
         (folder / name).symlink_to(folder / name)
         refused(folder, f"{name} cannot be read")
     finally:
         signal.alarm(0)
 
 
-def test_files_behind_links_are_read_as_in_the_hub_cache(folder):
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", ["/dev/zero", "/etc/passwd", "../outside", "/nowhere"])
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(folder, name, target):
+    (folder / name).rename(folder.parent / "outside")
+    (folder / name).symlink_to(target)
+    assert "root:" not in refused(folder, f"{name} is a link that leads out of the folder")
+
+
+def test_links_within_the_folder_and_to_it_are_followed(folder, tmp_path):
     for name in NAMES:
         (folder / name).rename(folder / f"blob-{name}")
         (folder / name).symlink_to(f"blob-{name}")
+    (tmp_path / "alias").symlink_to(folder)
     ValueHead.from_pretrained(folder)
+    ValueHead.from_pretrained(tmp_path / "alias")
+
+
+@pytest.mark.parametrize("subfolder", [None, "one/two"])
+def test_a_folder_of_the_hubs_cache_is_read_though_its_files_are_links(folder, tmp_path, subfolder):
+    repository = tmp_path / "hub" / "models--user--head"
+    snapshot = repository / "snapshots" / "0" / (subfolder or "")
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for name in NAMES:
+        (folder / name).rename(repository / "blobs" / name)
+        (snapshot / name).symlink_to(os.path.relpath(repository / "blobs" / name, snapshot))
+    ValueHead.from_pretrained(repository / "snapshots" / "0", subfolder=subfolder)
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("/etc/passwd")
+    refused(snapshot, "leads out of the folder")
 
 
 def test_a_file_larger_than_the_head_can_be_is_not_read(folder):

@@ -28,7 +28,7 @@ from .head_format import (
     parse_weights,
     size_limit_of_weights,
 )
-from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version
+from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version, too_large
 from .head_push import push_files
 from .model_card import CardFacts, card
 
@@ -314,11 +314,25 @@ def _read_once(
     source: FolderHead | HubHead, config_class: type[HeadConfig], *, again: bool = False
 ) -> tuple[Any, dict[str, Tensor]]:
     """The order is the point: nothing is allocated, parsed or computed from what was not checked before."""
-    config = parse_config(_read_file(source.path(CONFIG_NAME, again=again), MAX_CONFIG_BYTES), config_class)
+    config = _read_config(source, config_class, again=again)
     limit = size_limit_of_weights(config)
     weights = _read_file(source.path(WEIGHTS_NAME, limit, again=again), limit)
     check_hash(weights, config)
     return config, parse_weights(weights, config)
+
+
+def _read_config(source: FolderHead | HubHead, config_class: type[HeadConfig], *, again: bool) -> HeadConfig:
+    """Has no hash that would tell damage from malice: what is no config is fetched from the Hub once more."""
+    data = _read_file(source.path(CONFIG_NAME, MAX_CONFIG_BYTES, again=again), MAX_CONFIG_BYTES)
+    try:
+        return parse_config(data, config_class)
+    except HeadError as wrong:
+        if again or isinstance(source, FolderHead):
+            raise
+        try:
+            return _read_config(source, config_class, again=True)
+        except HeadUnavailable:
+            raise wrong from wrong.__cause__
 
 
 def _read_file(path: Path, limit: int) -> bytes:
@@ -335,7 +349,7 @@ def _read_file(path: Path, limit: int) -> bytes:
         ) from error
     size = max(status.st_size, len(data))
     if size > limit:
-        raise HeadError(f"Its {path.name} has {size} bytes; this head's can have {limit} at most. Save the head again.")
+        raise too_large(path.name, size, limit)
     return data
 
 

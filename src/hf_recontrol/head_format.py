@@ -28,6 +28,7 @@ MAX_WEIGHT = 1e4
 MAX_STATISTIC = 1e12
 """Bound of STATISTICS; input_std and output_scale must also be at least its inverse."""
 STATISTICS = ("input_mean", "input_std", "output_scale")
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -83,7 +84,7 @@ def parse_weights(weights: bytes, config: HeadConfig) -> dict[str, Tensor]:
 
 
 def check_values(tensors: dict[str, Tensor]) -> None:
-    """Refuse NaN, infinities and magnitudes that no trained head has.
+    """Refuse NaN, infinities, and magnitudes that no trained head has.
 
     Raises:
         HeadError: names the tensor and the magnitude.
@@ -95,6 +96,12 @@ def check_values(tensors: dict[str, Tensor]) -> None:
             raise HeadError(
                 f"The tensor {name} holds a value of magnitude {largest:g}; allowed are finite ones up to {bound:g}. "
                 "Train the head again, with a smaller learning rate if it diverged."
+            )
+        magnitudes = tensor.abs()
+        if ((magnitudes > 0) & (magnitudes < SMALLEST_NORMAL)).sum() > tensor.numel() / 2:
+            raise HeadError(
+                f"The tensor {name} holds mostly values below {SMALLEST_NORMAL:g}, which some CPUs compute with very "
+                "slowly. No training gives them: save the head again with 0 in their place."
             )
     for name in tensors.keys() & {"input_std", "output_scale"}:
         smallest = tensors[name].min().item()

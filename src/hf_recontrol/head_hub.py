@@ -1,17 +1,20 @@
 """Where a head's files are: a folder, or one commit of a repository on the Hub."""
 
 import contextvars
+import errno
+import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]
 
@@ -23,6 +26,8 @@ CARD_NAME = "README.md"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 DEADLINE_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 100_000
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What writing to the cache fails with when it is full or not ours."""
 
 # HfHubHTTPError is an OSError and the base error of the HTTP client in use, which is another one in huggingface_hub 1
 # than in 2: so that client's errors (some pass through the Hub library bare) are caught without naming it. ValueError:
@@ -55,17 +60,26 @@ class FolderHead:
     def __str__(self) -> str:
         return f"folder {shown(str(self.directory))}"
 
-    def path(self, name: str, size_limit: int = 0, *, again: bool = False) -> Path:
+    def path(self, name: str, size_limit: int, *, again: bool = False) -> Path:
         """The path of one of the head's files.
 
         Raises:
-            HeadError: there is no such file.
+            HeadError: there is no such file, or a link that leads out of the folder.
         """
         path = self.directory / name
         if not os.path.lexists(path):
             present = os.listdir(self.directory) if self.directory.is_dir() else []
             raise _missing(name, present)
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(self._root()):
+            raise HeadError(f"Its {name} is a link that leads out of the folder. Put the file itself there.")
         return path
+
+    def _root(self) -> Path:
+        """What links may lead to: the folder; of one in the Hub's cache, that cache, whose files are links."""
+        folder = Path(os.path.realpath(self.directory))
+        snapshots = [above for above in folder.parents if above.name == "snapshots"]
+        cached = [above.parents[1] for above in snapshots if above.parent.name.startswith("models--")]
+        return cached[0] if cached else folder
 
 
 @dataclass
@@ -80,45 +94,67 @@ class HubHead:
     local_files_only: bool = False
     commit: str | None = None
     """The commit that `revision` stood for when the first file was fetched."""
+    deadline: float | None = None
+    """When no answer is waited for any more, by time.monotonic(); None before the first request."""
 
     def __str__(self) -> str:
         return f"Hub repository {shown(self.repo_id)} at revision {shown(self.commit or self.revision or 'main')}"
 
-    def path(self, name: str, size_limit: int = 0, *, again: bool = False) -> Path:
+    def path(self, name: str, size_limit: int, *, again: bool = False) -> Path:
         """The path of one of the head's files in the cache, downloaded if it is not there.
 
         Args:
             name: the file's name; nothing else is downloaded.
-            size_limit: bytes that the file can have at most; a large file is given more time than 30 s.
+            size_limit: bytes that the file can have at most; a larger one is not downloaded. All files together are
+                given 30 s, and more if they may be large.
             again: download it even if it is in the cache (because what is there is damaged).
 
         Raises:
             HeadUnavailable: no network, no such repository, revision or file, no access, or no answer in time.
-            HeadError: the repository has pickled weights instead.
+            HeadError: the file is too large, or the repository has pickled weights instead.
         """
-
-        def download() -> str:
-            return hf_hub_download(  # type: ignore[misc, no-any-return, unused-ignore]  # its overloads differ by version
-                self.repo_id,
-                name,
-                subfolder=self.subfolder,
-                revision=self.commit or self.revision,
-                token=self.token,
-                cache_dir=self.cache_dir,
-                local_files_only=self.local_files_only,
-                force_download=again,
-                library_name="hf-recontrol",
-                library_version=package_version(),
-            )
-
         try:
-            path = Path(within(DEADLINE_SECONDS + size_limit / SLOWEST_BYTES_PER_SECOND, download))
+            path = self._in_time(lambda: self._fetch(name, size_limit, again), size_limit / SLOWEST_BYTES_PER_SECOND)
+        except HeadError:  # it is a ValueError, as are refusals of the Hub library
+            raise
         except HUB_FAILURES as error:
             raise self._missing_file(name, error) or unavailable(error, f"The head in {self}", self.repo_id) from error
         if self.commit is None:  # <cache>/models--…/snapshots/<commit>/[subfolder/]name
             self.commit = path.parents[len(Path(self.subfolder or "").parts)].name
             logger.info("The head %s is read at commit %s.", self.repo_id, self.commit)
         return path
+
+    def _fetch(self, name: str, size_limit: int, again: bool) -> Path:
+        """The file's size is asked for first: a stranger's file may fill the disk long before the deadline."""
+        revision = self.commit or self.revision
+        ask = functools.partial(
+            hf_hub_download,
+            self.repo_id,
+            name,
+            subfolder=self.subfolder,
+            revision=revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            force_download=again,
+            library_name="hf-recontrol",
+            library_version=package_version(),
+        )
+        there: Any = ask(dry_run=True)
+        if there.will_download and (there.file_size or 0) > size_limit:
+            raise too_large(name, there.file_size, size_limit)
+        cached = try_to_load_from_cache(
+            self.repo_id, "/".join(filter(None, (self.subfolder, name))), self.cache_dir, revision
+        )
+        if not again and cached == there.local_path:  # else the file is to come, or the cache does not know the branch
+            return Path(cached)
+        return Path(ask())
+
+    def _in_time(self, function: Callable[[], Result], more: float = 0.0) -> Result:
+        """function(), or TimeoutError when this head has taken 30 s and the seconds that were added to them."""
+        now = time.monotonic()
+        self.deadline = (now + DEADLINE_SECONDS if self.deadline is None else self.deadline) + more
+        return within(max(0.0, self.deadline - now), function)
 
     def _missing_file(self, name: str, error: BaseException) -> HeadError | None:
         """What to say of a repository without `name` that has pickled weights; None when there is nothing to add."""
@@ -129,7 +165,7 @@ class HubHead:
         api = HfApi(token=self.token, library_name="hf-recontrol", library_version=package_version())
         revision = self.commit or self.revision
         try:
-            info = within(DEADLINE_SECONDS, lambda: api.model_info(self.repo_id, revision=revision))
+            info = self._in_time(lambda: api.model_info(self.repo_id, revision=revision))
         except HUB_FAILURES:
             return None  # the first failure is the one to report
         folder = f"{self.subfolder}/" if self.subfolder else ""
@@ -155,24 +191,33 @@ def locate(
     """
     text = os.fspath(name)
     repo_id, at, pinned = text.rpartition("@")
-    if not (at and repo_id and pinned) or Path(text).expanduser().is_dir():
+    if not (at and repo_id and pinned) or folder_at(text):
         repo_id, pinned = text, ""
     if pinned and revision is not None:
         raise ValueError(f"The head is {text!r} and revision={revision!r}: say the revision once.")
-    directory = Path(repo_id).expanduser()
-    if directory.is_dir():
+    directory = folder_at(repo_id)
+    if directory is not None:
         if pinned or revision is not None:
             raise ValueError(
                 f"{repo_id!r} is a folder here, and a folder has no revision {pinned or revision!r}. Leave the "
                 "revision out, or call from another working directory to get the Hub repository of that name."
             )
         return FolderHead(directory / (subfolder or ""))
-    if isinstance(name, os.PathLike) or directory.is_file() or not _may_be_on_the_hub(repo_id):
+    if isinstance(name, os.PathLike) or not _may_be_on_the_hub(repo_id) or Path(repo_id).is_file():
         raise HeadUnavailable(
             f"{shown(text)} is neither a folder nor the id of a Hub repository. Expected a folder that "
             f'ValueHead.save_pretrained wrote (it holds {CONFIG_NAME} and {WEIGHTS_NAME}), or an id like "user/head".'
         )
     return HubHead(repo_id, pinned or revision, checked_token(token), subfolder, cache_dir, local_files_only)
+
+
+def folder_at(name: str) -> Path | None:
+    """The folder that `name` leads to, if it leads to one."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if name and folder.is_dir() else None
+    except (OSError, RuntimeError):  # longer than a path can be; ~somebody who is not known here
+        return None
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -230,7 +275,9 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
         kind = getattr(hub_errors, name, None)
         return kind is not None and any(isinstance(link, kind) for link in chain)
 
-    if is_a("OfflineModeIsEnabled") or (is_a("LocalEntryNotFoundError") and len(chain) == 1):
+    if any(getattr(link, "errno", None) in NO_ROOM for link in chain):
+        words = "cannot be kept in the cache, which is full or may not be written to. Make room, or pass cache_dir=."
+    elif is_a("OfflineModeIsEnabled") or (is_a("LocalEntryNotFoundError") and len(chain) == 1):
         words = (
             "is not in the cache, and HF_HUB_OFFLINE=1 or local_files_only=True forbids fetching it. Do so once online."
         )
@@ -267,6 +314,11 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__
     return chain
+
+
+def too_large(name: str, size: int, limit: int) -> HeadError:
+    """What to say of a file beyond its limit."""
+    return HeadError(f"Its {name} has {size} bytes; this head's can have {limit} at most. Save the head again.")
 
 
 def _missing(name: str, present: list[str]) -> HeadError:

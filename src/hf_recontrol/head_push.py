@@ -1,14 +1,24 @@
 """How a head's files get to the Hub: in one commit, and a generate.py, which names that commit, in a second."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from .config_checks import shown
 from .custom_generate import GENERATE_NAME
-from .head_hub import CARD_NAME, HUB_FAILURES, checked_token, package_version, unavailable
+from .head_hub import (
+    CARD_NAME,
+    DEADLINE_SECONDS,
+    HUB_FAILURES,
+    SLOWEST_BYTES_PER_SECOND,
+    checked_token,
+    package_version,
+    unavailable,
+    within,
+)
 
 
 def push_files(
@@ -33,24 +43,30 @@ def push_files(
             sent in a second commit, since it names the first, together with the card, which speaks of it.
 
     Raises:
-        HeadUnavailable: no network, no token, no right to write, or somebody else pushed meanwhile. Where it was the
+        HeadUnavailable: no network, no token, no right to write, no answer in time, or somebody else pushed meanwhile. Where it was the
             second commit that failed, the message says so.
     """
     api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
     commit_message = commit_message or "Upload a head"
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+    def prepare() -> tuple[str, ModelInfo]:
+        found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=revision)
+            api.create_branch(found, branch=revision, exist_ok=True)
+        return found, api.model_info(found, revision=revision)
+
+    try:
+        repo_id, there = within(DEADLINE_SECONDS, prepare)
         present = {sibling.rfilename for sibling in there.siblings or []}
         keeps_card = CARD_NAME in present and not replace_model_card
         sent = {name: data for name, data in files.items() if not (keeps_card and name == CARD_NAME)}
         later = {} if generate_py is None else {name: sent.pop(name) for name in {CARD_NAME} & sent.keys()}
         stale = [CommitOperationDelete(GENERATE_NAME)] if generate_py is None and GENERATE_NAME in present else []
-        commit = api.create_commit(
+        commit = _commit(
+            api,
             repo_id,
-            [*_added(sent), *stale],
+            sent,
+            stale,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
@@ -71,8 +87,17 @@ def push_files(
     return str(commit.pr_url or last.commit_url)
 
 
-def _added(files: Mapping[str, bytes]) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(name, content) for name, content in files.items()]
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, bytes], stale: Sequence[CommitOperationDelete] = (), **how: Any
+) -> CommitInfo:
+    """One commit, in the time that a slow line needs."""
+    added = [CommitOperationAdd(name, content) for name, content in files.items()]
+    seconds = DEADLINE_SECONDS + sum(map(len, files.values())) / SLOWEST_BYTES_PER_SECOND
+    return within(seconds, lambda: api.create_commit(repo_id, [*added, *stale], **how))
+
+
+def _card(api: HfApi, repo_id: str, revision: str) -> bytes:
+    return Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_bytes()
 
 
 def _push_second(
@@ -80,14 +105,9 @@ def _push_second(
 ) -> CommitInfo:
     """The commit of generate.py upon that of the head; with a warning where the card is silent about it."""
     try:
-        last: CommitInfo = api.create_commit(
-            repo_id,
-            _added(files),
-            commit_message=f"{GENERATE_NAME} for {first.oid[:7]}",
-            revision=first.pr_revision or revision,
-            parent_commit=first.oid,
-        )
-        card = files.get(CARD_NAME) or Path(api.hf_hub_download(repo_id, CARD_NAME, revision=last.oid)).read_bytes()
+        message, branch = f"{GENERATE_NAME} for {first.oid[:7]}", first.pr_revision or revision
+        last = _commit(api, repo_id, files, commit_message=message, revision=branch, parent_commit=first.oid)
+        card = files.get(CARD_NAME) or within(DEADLINE_SECONDS, lambda: _card(api, repo_id, last.oid))
     except HUB_FAILURES as error:
         subject = f"The head was pushed to {shown(repo_id)}, but without {GENERATE_NAME} (push again): the repository"
         raise unavailable(error, subject, repo_id) from error

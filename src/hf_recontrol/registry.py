@@ -5,11 +5,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from concurrent.futures import Future
 
 from .config_checks import shown
+from .errors import HeadUnavailable
 from .head import Head
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
+from .head_hub import folder_at
 
 _REGISTERED: dict[str, Head] = {}
 
@@ -87,17 +89,33 @@ class _HeadCache:
 
     def __init__(self, size: int = 16):
         self._size = size
-        self._heads: OrderedDict[tuple[object, ...], Head] = OrderedDict()
+        self._heads: OrderedDict[tuple[object, ...], Future[Head]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: tuple[object, ...], load: Callable[[], Head]) -> Head:
+        """The head of that key, from load() the first time. Who asks while it is loaded gets what comes of it."""
         with self._lock:
-            if key not in self._heads:
-                self._heads[key] = load()
+            head = self._heads.get(key)
+            is_mine = head is None
+            if head is None:
+                head = self._heads[key] = Future()
             self._heads.move_to_end(key)
             while len(self._heads) > self._size:
                 self._heads.popitem(last=False)
-            return self._heads[key]
+        if is_mine:  # outside the lock: a Hub that hangs keeps nobody from the heads that are here
+            self._load(key, load, head)
+        return head.result()
+
+    def _load(self, key: tuple[object, ...], load: Callable[[], Head], head: "Future[Head]") -> None:
+        try:
+            head.set_result(load())
+        except BaseException as error:
+            with self._lock:
+                if self._heads.get(key) is head:
+                    del self._heads[key]  # the next call tries again
+            interrupted = HeadUnavailable("The thread that was loading this head was interrupted. Call again.")
+            head.set_exception(error if isinstance(error, Exception) else interrupted)
+            raise
 
 
 _HEADS = _HeadCache()
@@ -106,7 +124,7 @@ _HEADS = _HeadCache()
 def load_head(name_or_path: str, revision: str | None = None, token: str | None = None) -> Head:
     """The head of that folder or Hub id, read once per process."""
     files: tuple[object, ...] = ()
-    if (folder := Path(name_or_path).expanduser()).is_dir():
+    if folder := folder_at(name_or_path):
         parts = [part for name in (CONFIG_NAME, WEIGHTS_NAME) if (part := folder / name).exists()]
         files = tuple((part.stat().st_mtime_ns, part.stat().st_size, part.stat().st_ino) for part in parts)
         name_or_path = str(folder.resolve())
