@@ -1,12 +1,14 @@
 """A Hugging Face Hub in memory, on 127.0.0.1: model repositories with commits, a request log, and faults on demand.
 
 It answers what huggingface_hub 1 and 2 ask when heads are pulled and pushed. Every file is sent inside the commit
-("regular" upload), so no LFS and no Xet.
+("regular" upload) unless `lfs` names it: then it goes by git LFS, to and from a storage of another host name, which
+refuses requests that carry a token. No Xet.
 """
 
 import base64
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,7 @@ class Repository:
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    """Tags too."""
 
     def commit(
         self, files: Mapping[str, bytes], branch: str = "main", *, keep: bool = True, deleted: Sequence[str] = ()
@@ -61,7 +64,11 @@ class Fault:
     seconds: float = 0.0
     """Wait before answering."""
     cut: int = 0
-    """Bytes of the body that are not sent, though the header promises them."""
+    """Bytes of the body that are not sent, though the header promises them; after `seconds` the connection ends."""
+    wrong: bool = False
+    """The body has its length, but its last byte is another."""
+    location: str = ""
+    """The beginning of a URL to which the request is redirected."""
     times: int = 10**9
 
 
@@ -72,15 +79,21 @@ class HubServer:
         self.reset()
         self.woken = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.storage_url = f"http://localhost:{self._server.server_address[1]}"
+        """The same server under the name of another host."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def reset(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self.lfs: tuple[str, ...] = ()
+        """Endings of the names of files that go by LFS."""
+        self.storage: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
+        """Old repository id → new one."""
 
     def add(self, repo_id: str, files: Mapping[str, bytes], *, private: bool = False, gated: bool = False) -> str:
         """Make a repository with one commit, and return the commit's id."""
@@ -94,6 +107,15 @@ class HubServer:
         """The paths asked for so far, in order."""
         return [request.path for request in self.log if method in (None, request.method)]
 
+    def hosts_of_tokens(self) -> set[str]:
+        """The host names to which a request with an access token went."""
+        return {request.headers["Host"].split(":")[0] for request in self.log if "Authorization" in request.headers}
+
+    def wake(self) -> None:
+        """End every wait of a fault."""
+        self.woken.set()
+        self.woken = threading.Event()
+
     def stop(self) -> None:
         self.woken.set()
         self._server.shutdown()
@@ -105,6 +127,15 @@ def _card_data(card: bytes) -> dict[str, Any]:
     return yaml.safe_load(parts[1]) if len(parts) > 2 else {}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that left is no news; and on Python 3.11 two threads may not format tracebacks at once."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -114,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer_request()
 
-    do_HEAD = do_POST = do_GET  # noqa: N815 (the names that http.server calls)
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 (the names that http.server calls)
 
     def _answer_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -123,16 +154,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(split.query)
         self.hub.log.append(Request(self.command, self.path, self.headers))
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self.cut = 0
+        self.fault = Fault("")
         for fault in self.hub.faults:
             if fault.where in self.path and fault.method in (None, self.command) and fault.times > 0:
                 fault.times -= 1
-                self.cut = fault.cut
-                if fault.seconds and self.hub.woken.wait(fault.seconds):
+                self.fault = fault
+                if fault.seconds and not fault.cut and self.hub.woken.wait(fault.seconds):
                     return
+                if fault.location:
+                    return self._redirect(fault.location + self.path)
                 if fault.status:
                     return self._error(fault.status, "" if fault.status != 404 else "EntryNotFound")
+        for old, new in self.hub.moved.items():
+            if f"/{old}/" in f"{self.path}/":
+                return self._redirect(self.path.replace(old, new))
         parts = [unquote(part) for part in self.path.strip("/").split("/")]
+        if parts[0] == "storage":
+            return self._store(parts[1], body)
+        if parts[-4:] == ["info", "lfs", "objects", "batch"]:
+            return self._lfs(json.loads(body))
         if parts[0] == "api":
             return self._api(parts[1:], body)
         if len(parts) >= 5 and parts[2] == "resolve":
@@ -149,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if parts == ["models"]:
             return self._list()
+        if parts == ["repos", "delete"]:
+            return self._delete(json.loads(body))
         repo_id, action = "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
         repository = self._visible(repo_id)
         if repository is None:
@@ -164,10 +206,14 @@ class _Handler(BaseHTTPRequestHandler):
         sha = repository.resolve(revision)
         if sha is None:
             return self._error(404, "RevisionNotFound")
+        if action == "tag":
+            repository.branches[json.loads(body)["tag"]] = sha
+            return self._json({})
         if action == "preupload":
-            files = json.loads(body)["files"]
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(self.hub.lfs) else "regular" for path in paths}
             return self._json(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+                {"files": [{"path": path, "uploadMode": modes[path], "shouldIgnore": False} for path in paths]}
             )
         if action == "tree":
             return self._tree(repository.commits[sha], "".join(f"{part}/" for part in parts[5:]))
@@ -211,19 +257,47 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return self._json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
+    def _delete(self, wanted: Mapping[str, object]) -> None:
+        if self.token != TOKEN:
+            return self._error(403 if self.token else 401)
+        del self.hub.repositories[f"{wanted.get('organization') or 'user'}/{wanted['name']}"]
+        return self._json({})
+
+    def _lfs(self, wanted: Mapping[str, list[dict[str, object]]]) -> None:
+        """Where to put what the storage lacks."""
+        if self.token != TOKEN:
+            return self._error(403 if self.token else 401)
+        objects = []
+        for one in wanted["objects"]:
+            put = {"upload": {"href": f"{self.hub.storage_url}/storage/{one['oid']}"}}
+            objects.append({**one, **({} if one["oid"] in self.hub.storage else {"actions": put})})
+        return self._json({"transfer": "basic", "objects": objects})
+
+    def _store(self, oid: str, body: bytes) -> None:
+        if "Authorization" in self.headers:  # as S3 does with a signed URL
+            return self._error(400)
+        if self.command == "PUT":
+            self.hub.storage[oid] = body
+            return self._send(200, b"", {})
+        return self._send(200, self.hub.storage[oid], {"Accept-Ranges": "bytes"})
+
     def _commit(self, repo_id: str, repository: Repository, branch: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
         parent = lines[0]["value"].get("parentCommit")
         if parent and parent != repository.branches.get(branch):
             return self._error(412)
-        changes = [line["value"] for line in lines if line["key"] == "file"]
+        sent = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+        }
+        for line in lines:
+            if line["key"] == "lfsFile":
+                sent[line["value"]["path"]] = self.hub.storage[line["value"]["oid"]]
         pull_request = self.query.get("create_pr") == ["1"]
         target = "refs/pr/1" if pull_request else branch
         if pull_request:
             repository.branches[target] = repository.branches[branch]
         deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
-        files = {change["path"]: base64.b64decode(change["content"]) for change in changes}
-        sha = repository.commit(files, target, deleted=deleted)
+        sha = repository.commit(sent, target, deleted=deleted)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"}
         if pull_request:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/1"
@@ -241,6 +315,11 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in repository.commits[sha]:
             return self._error(404, "EntryNotFound", {"X-Repo-Commit": sha})
         data = repository.commits[sha][name]
+        if name.endswith(self.hub.lfs):
+            oid = hashlib.sha256(data).hexdigest()
+            self.hub.storage[oid] = data
+            linked = {"X-Repo-Commit": sha, "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
+            return self._redirect(f"{self.hub.storage_url}/storage/{oid}", linked)
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         return self._send(200, data, headers)
 
@@ -259,12 +338,18 @@ class _Handler(BaseHTTPRequestHandler):
         coded = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
         self._send(status, b'{"error": "as asked"}', {"Content-Type": "application/json", **coded, **(headers or {})})
 
+    def _redirect(self, location: str, headers: Mapping[str, str] | None = None) -> None:
+        self._send(307, b"", {"Location": location, **(headers or {})})
+
     def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) - self.cut])
-        if self.cut:
+            if self.fault.wrong and data:
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            self.wfile.write(data[: len(data) - self.fault.cut])
+        if self.fault.cut:
+            self.hub.woken.wait(self.fault.seconds)
             self.close_connection = True

@@ -26,8 +26,8 @@ CARD_NAME = "README.md"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 DEADLINE_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 100_000
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What writing to the cache fails with when it is full or not ours."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""What writing to the cache fails with when it is full, not ours, or no folder."""
 
 # HfHubHTTPError is an OSError and the base error of the HTTP client in use, which is another one in huggingface_hub 1
 # than in 2: so that client's errors (some pass through the Hub library bare) are caught without naming it. ValueError:
@@ -276,7 +276,7 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
         return kind is not None and any(isinstance(link, kind) for link in chain)
 
     if any(getattr(link, "errno", None) in NO_ROOM for link in chain):
-        words = "cannot be kept in the cache, which is full or may not be written to. Make room, or pass cache_dir=."
+        words = "cannot be kept in the cache, which is full or cannot be written to. Make room, or pass cache_dir=."
     elif is_a("OfflineModeIsEnabled") or (is_a("LocalEntryNotFoundError") and len(chain) == 1):
         words = (
             "is not in the cache, and HF_HUB_OFFLINE=1 or local_files_only=True forbids fetching it. Do so once online."

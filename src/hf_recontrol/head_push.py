@@ -43,8 +43,8 @@ def push_files(
             sent in a second commit, since it names the first, together with the card, which speaks of it.
 
     Raises:
-        HeadUnavailable: no network, no token, no right to write, no answer in time, or somebody else pushed meanwhile. Where it was the
-            second commit that failed, the message says so.
+        HeadUnavailable: no network, no token, no right to write, no answer in time, or somebody else pushed meanwhile.
+            Where it was the second commit that failed, the message says so.
     """
     api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
     commit_message = commit_message or "Upload a head"
