@@ -14,14 +14,13 @@ from pathlib import Path
 import atheris
 import mutations
 
-with atheris.instrument_imports(
-    include=["hf_recontrol.head_format", "hf_recontrol.head_config", "hf_recontrol.config_checks"]
-):
+LOADER = ["hf_recontrol.head_format", "hf_recontrol.head_config", "hf_recontrol.config_checks"]
+with atheris.instrument_imports(include=LOADER):
+    from tiny import tiny_control_head, tiny_head
+
     from hf_recontrol import HeadError
     from hf_recontrol.head_config import HeadConfig
     from hf_recontrol.head_format import check_hash, parse_config, parse_weights
-
-from tiny import tiny_control_head, tiny_head
 
 
 def try_one(data):
@@ -36,7 +35,8 @@ def try_one(data):
         check_hash(weights, parsed)
         tensors = parse_weights(weights, parsed)
     except HeadError as error:
-        assert str(error).isprintable()
+        if not str(error).isprintable():
+            raise RuntimeError("An error does not stay on its line.") from error
         return
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise RuntimeError("A head was loaded with values that are not finite.")

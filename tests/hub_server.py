@@ -160,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 self.fault = fault
                 if fault.seconds and not fault.cut and self.hub.woken.wait(fault.seconds):
+                    self.close_connection = True
                     return
                 if fault.location:
                     return self._redirect(fault.location + self.path)

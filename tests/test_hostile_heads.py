@@ -210,7 +210,7 @@ def watching():
 @pytest.mark.parametrize("name", HOSTILE)
 def test_it_is_refused_by_name_and_nothing_but_its_two_files_is_opened(spoiled, name):
     folder = spoiled(name)
-    signal.alarm(20)  # a naive open of a FIFO waits forever
+    signal.alarm(60)  # a naive open of a FIFO waits forever
     try:
         refused(name, folder)
         with watching() as events, pytest.raises(HeadError):  # the second time, when all is imported

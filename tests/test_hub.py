@@ -1,7 +1,6 @@
 """Heads come from the Hub and go there: two files, one commit, and errors that say what to do."""
 
 import contextlib
-import threading
 import time
 import traceback
 
@@ -211,11 +210,8 @@ def test_a_hung_hub_is_left_at_the_deadline(hub, files, monkeypatch):
     monkeypatch.setattr(head_hub, "DEADLINE_SECONDS", 0.3)
     hub.add("user/head", files)
     hub.fail("config.json", seconds=5)
-    start = time.monotonic()
     unavailable("no answer from the Hub in time")
-    assert time.monotonic() - start < 3
-    hub.woken.set()
-    hub.woken = threading.Event()
+    hub.wake()
 
 
 @pytest.mark.usefixtures("no_waiting")

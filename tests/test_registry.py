@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from math import inf, nan
 
 import pytest
@@ -323,3 +324,134 @@ def looked_up_while_taken_off(names, line):
         return str(error)
     finally:
         sys.settrace(before)
+
+
+# Heads that calls name, read once per process
+
+
+def together(threads, function):
+    """What function() gives, or raises, in each of so many threads that start at once."""
+    barrier, outcomes = threading.Barrier(threads), []
+
+    def run():
+        barrier.wait(30)
+        try:
+            outcomes.append(function())
+        except (HeadError, HeadUnavailable) as error:
+            outcomes.append(error)
+
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(60)
+    assert len(outcomes) == threads
+    return outcomes
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """A list with an entry for each time that a thread began to wait for a head."""
+    entries = []
+
+    class Counted(registry.Future):
+        def result(self, timeout=None):
+            entries.append(threading.current_thread())
+            return super().result(timeout)
+
+    monkeypatch.setattr(registry, "Future", Counted)
+    return entries
+
+
+def test_sixteen_threads_that_ask_for_one_id_download_it_once(head, hub, tmp_path):
+    on_the_hub(hub, "user/head", head, tmp_path)
+    hub.fail("config.json", method="HEAD", seconds=0.2)  # so that all are there before the first is through
+    heads = together(16, lambda: registry.load_head("user/head"))
+    assert len(set(map(id, heads))) == 1
+    downloads = [request.path for request in hub.log if request.method == "GET"]
+    assert sorted(path.rpartition("/")[2] for path in downloads) == ["config.json", "model.safetensors"]
+
+
+def test_a_load_that_fails_fails_for_all_who_wait_and_is_tried_again_by_the_next(
+    head, hub, tmp_path, monkeypatch, waiting
+):
+    tries = []
+    stock = registry.Head.from_pretrained
+
+    def counted(*args, **kwargs):
+        tries.append(args)
+        while len(waiting) < 7:  # until the others are here
+            time.sleep(0.01)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(registry.Head, "from_pretrained", counted)
+    errors = together(8, lambda: registry.load_head("user/head"))
+    assert all(isinstance(error, HeadUnavailable) for error in errors)
+    assert len(tries) == 1
+    on_the_hub(hub, "user/head", head, tmp_path)
+    assert registry.load_head("user/head").digest() == head.digest()
+    assert registry.load_head("user/head") is registry.load_head("user/head")
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "wrong"])
+def test_a_damaged_download_is_not_remembered(head, hub, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the Hub library pauses between its tries
+    on_the_hub(hub, "user/head", head, tmp_path)
+    hub.fail("config.json", method="GET", **{damage: 1})
+    with pytest.raises((HeadError, HeadUnavailable)):
+        registry.load_head("user/head")
+    hub.faults.clear()
+    assert registry.load_head("user/head").digest() == head.digest()
+
+
+def test_a_hub_that_hangs_keeps_nobody_from_the_heads_that_are_here(head, hub, tmp_path):
+    on_the_hub(hub, "user/head", head, tmp_path / "one")
+    on_the_hub(hub, "user/slow", tiny_head(1), tmp_path / "two")
+    here = registry.load_head("user/head")
+    hub.fail("user/slow", seconds=60)
+    waiting = threading.Thread(target=lambda: together(1, lambda: registry.load_head("user/slow")))
+    waiting.start()
+    while not any("user/slow" in path for path in hub.paths()):
+        time.sleep(0.01)
+    assert registry.load_head("user/head") is here  # while the other thread waits
+    assert waiting.is_alive()
+    hub.faults.clear()
+    hub.wake()
+    waiting.join(60)
+
+
+def test_an_interrupted_load_is_an_error_for_who_waits_and_is_tried_again(head, waiting):
+    cache, begun = registry._HeadCache(), threading.Event()
+
+    def interrupted():
+        begun.set()
+        while not waiting:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    def interrupted_get():
+        with pytest.raises(KeyboardInterrupt):
+            cache.get(("head",), interrupted)
+
+    loading = threading.Thread(target=interrupted_get)
+    loading.start()
+    begun.wait(30)
+    with pytest.raises(HeadUnavailable, match=r"interrupted\. Call again"):
+        cache.get(("head",), lambda: pytest.fail("it is loading already"))
+    loading.join(30)
+    assert cache.get(("head",), lambda: head) is head
+
+
+def test_a_head_swapped_on_the_hub_while_it_serves_changes_nothing_until_it_is_loaded_anew(model, head, hub, tmp_path):
+    on_the_hub(hub, "user/head", head, tmp_path / "old")
+    old, new = (tokens(model, recontrol_value_head=one, **STEER) for one in (head, tiny_head(1)))
+    assert tokens(model, recontrol_value_head="user/head", **STEER) == old != new
+    tiny_head(1).save_pretrained(tmp_path / "new")
+    hub.repositories["user/head"].commit({path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()})
+    asked_before = len(hub.log)
+    for outcome in together(4, lambda: tokens(model, recontrol_value_head="user/head", **STEER)):
+        assert outcome == old
+    assert len(hub.log) == asked_before
+    reloaded = ValueHead.from_pretrained("user/head")
+    assert tokens(model, recontrol_value_head=reloaded, **STEER) == new
