@@ -112,8 +112,12 @@ class HubServer:
         return {request.headers["Host"].split(":")[0] for request in self.log if "Authorization" in request.headers}
 
     def wake(self) -> None:
-        """End every wait of a fault."""
+        """End every fault and every wait, and let the threads finish that were left at a deadline."""
+        self.faults.clear()
         self.woken.set()
+        for thread in threading.enumerate():
+            if thread.name == "hf-recontrol-hub":
+                thread.join(60)
         self.woken = threading.Event()
 
     def stop(self) -> None:
