@@ -26,6 +26,7 @@ def make_trace(*rows, ids=None, capped=(), unedited=(), **columns):
     values = torch.tensor([[*row, *[NAN] * (width - len(row))] for row in rows]).reshape(len(rows), width)
     trace = {
         "token_ids": torch.arange(3, 3 + width).repeat(len(rows), 1),
+        "base_token_ids": torch.arange(3, 3 + width).flip(0).repeat(len(rows), 1),
         "values": values,
         "steered_values": values + 1,
         "control_norms": values * 0 + 2,
@@ -38,7 +39,7 @@ def make_trace(*rows, ids=None, capped=(), unedited=(), **columns):
     for where in unedited:
         trace["sound"][where] = False
     if ids is not None:
-        trace["token_ids"] = torch.tensor(ids)
+        trace["token_ids"] = trace["base_token_ids"] = torch.tensor(ids)
     return Trace(**(trace | {name: torch.tensor(column) for name, column in columns.items()}))
 
 
@@ -106,9 +107,10 @@ def colours_are_wanted(monkeypatch):
 def test_pointing_at_a_token_gives_all_its_numbers():
     shown = show(make_trace([0.5, -1.25, 3.0], capped=[(0, 1)], unedited=[(0, 2)]), tiny_tokenizer())
     (_, _, free), (_, _, capped), (_, _, unedited) = Page(shown).tokens
-    assert free.splitlines() == ["value 0.5 → 1.5", "‖u‖ 2", "KL 0.25 nats"]
-    assert capped.splitlines() == ["value -1.25 → -0.25", "‖u‖ 2", "KL 0.25 nats", "at the cap"]
-    assert unedited.splitlines() == ["value 3 → 4", "‖u‖ 2", "KL 0.25 nats", "left unedited"]
+    rest, base = ["‖u‖ 2", "KL 0.25 nats"], "likeliest without control: "
+    assert free.splitlines() == ["value 0.5 → 1.5", *rest, base + "w5"]
+    assert capped.splitlines() == ["value -1.25 → -0.25", *rest, base + "w4", "at the cap"]
+    assert unedited.splitlines() == ["value 3 → 4", *rest, base + "w3", "left unedited"]
 
 
 def test_a_notebook_shows_which_tokens_are_at_the_cap_and_which_unedited():

@@ -109,6 +109,7 @@ def test_a_trace_is_what_the_recorded_hidden_states_say(model, inputs, mode, max
         torch.testing.assert_close(getattr(trace, name), figures.detach(), rtol=0, atol=1e-4)
     torch.testing.assert_close(trace.scale, scale.float(), rtol=0, atol=3e-4)
     assert trace.token_ids.tolist() == sequences[:, -h.shape[1] :].tolist()
+    assert trace.base_token_ids.tolist() == base.argmax(-1).tolist()
     assert trace.sound.all()
     assert trace.lengths.tolist() == [h.shape[1]] * len(h)
     assert len(trace) == len(h)
@@ -167,6 +168,7 @@ def test_after_a_rows_end_a_trace_has_no_figures(model, head, pad):
     assert trace.token_ids.tolist() == sequences[:, -width:].tolist()
     assert trace.sound.all()
     ended = torch.arange(width) >= torch.tensor(lengths)[:, None]
+    assert (trace.base_token_ids == -1).tolist() == ended.tolist()
     for name in FIGURES:
         figures = getattr(trace, name)
         assert figures.shape == trace.token_ids.shape == (3, width)
@@ -264,6 +266,7 @@ def test_without_control_a_trace_shows_the_values_and_nothing_spent(model, head,
     torch.testing.assert_close(trace.steered_values, trace.values, rtol=0, atol=0)
     for name, expected in {"control_norms": 0.0, "kl": 0.0, "scale": 1.0}.items():
         torch.testing.assert_close(getattr(trace, name), torch.full((3, 8), expected), rtol=0, atol=0)
+    assert trace.base_token_ids.tolist() == trace.token_ids.tolist()  # greedy decoding takes the likeliest
 
 
 def test_a_trace_of_several_heads_has_their_weighted_values(model):

@@ -95,7 +95,9 @@ class Call:
         self.max_kl = max_kl
         # The base rows go through the LM head before the edited ones, so that soft-caps, scales and biases, which the
         # model may apply after it, are in both: a KL measured before them is wrong for about 50 architectures.
-        self.doubled = edit is not None and (max_kl is not None or (recorder is not None and recorder.wants_logits))
+        watched = recorder is not None and recorder.wants_logits
+        self.doubled = edit is not None and (max_kl is not None or watched)
+        self.reads_logits = self.doubled or watched
         self._graphs = CudaGraphs()
         self.unsound: Tensor | None = None  # rows left unedited because they were not finite; int64 ()
         self.inside = False  # between the forward's pre-hook and its hook
@@ -119,7 +121,11 @@ class Call:
         return torch.cat([hidden_states, edited]) if self.doubled else edited
 
     def after_forward(self, logits: Tensor) -> Tensor:
-        """The logits that the forward returns, (batch, ..., vocabulary), from those of at_head's two halves."""
+        """The logits that the forward returns, (batch, ..., vocabulary), from those of what at_head returned."""
+        if not self.doubled:  # nothing is edited, only watched
+            if self.recorder is not None:
+                self.recorder.after_forward(logits, logits, None)
+            return logits
         base, edited = logits.chunk(2)
         scale = None
         if self.max_kl is not None:

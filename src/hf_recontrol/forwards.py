@@ -1,6 +1,5 @@
 """Forwards for measuring and training: what a model's hidden states were, and what logits come of edited ones."""
 
-import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from .errors import SteeringNotApplied
 from .generation import RecontrolGenerationMixin, disable_recontrol, enable_recontrol, unwrapped
 from .hooks import lm_head_owner
 from .kl_bound import bounded
-from .recording import HiddenStates
+from .recording import HiddenStates, Recorder
 from .steering import ONE_FORWARD_A_TOKEN, call_for, steered_generate
 
 
@@ -53,17 +52,8 @@ def generate_with_hidden_states(
         ValueError: a decoding mode in which a forward is not one token.
         SteeringNotApplied: the model passed the hooks by.
     """
-    for name, (plain, *others) in ONE_FORWARD_A_TOKEN.items():
-        if kwargs.setdefault(name, others[0] if others else plain) not in (plain, *others):
-            raise ValueError(
-                f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
-            )
     recorder = HiddenStates(max_new_tokens)
-    with enabled(model):
-        stock = functools.partial(super(RecontrolGenerationMixin, model).generate, max_new_tokens=max_new_tokens)  # type: ignore[misc]
-        sequences = steered_generate(
-            stock, model, (), {**kwargs, "return_dict_in_generate": False}, recorder, controller
-        )
+    sequences = generate_recorded(model, recorder, controller, max_new_tokens=max_new_tokens, **kwargs)
     hidden_states = recorder.recorded(sequences.shape[1])
     if len(hidden_states) != len(sequences):
         raise SteeringNotApplied(
@@ -71,6 +61,34 @@ def generate_with_hidden_states(
             "decoding mode regroups the batch. Leave it out."
         )
     return sequences, hidden_states
+
+
+def generate_recorded(
+    model: PreTrainedModel, recorder: Recorder, controller: Controller | None = None, **kwargs: Any
+) -> Tensor:
+    """generate(), watched by a recorder. Greedy decoding and sampling only.
+
+    Args:
+        model, controller, kwargs: as of generate_with_hidden_states.
+        recorder: is shown each forward.
+
+    Returns:
+        The token ids as generate() returns them, int64 (rows, tokens).
+
+    Raises:
+        ValueError: a decoding mode in which a forward is not one token.
+        SteeringNotApplied: the model passed the hooks by.
+    """
+    for name, (plain, *others) in ONE_FORWARD_A_TOKEN.items():
+        if kwargs.setdefault(name, others[0] if others else plain) not in (plain, *others):
+            raise ValueError(
+                f"Hidden states are recorded in greedy decoding and sampling, not with {name}={kwargs[name]!r}."
+            )
+    kwargs["return_dict_in_generate"] = False
+    with enabled(model):
+        stock = super(RecontrolGenerationMixin, model).generate  # type: ignore[misc]
+        sequences: Tensor = steered_generate(stock, model, (), kwargs, recorder, controller)
+        return sequences
 
 
 def forward_steered(model: PreTrainedModel, controller: Controller | None, **kwargs: Any) -> Any:

@@ -39,7 +39,7 @@ def _after_forward(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> N
         return
     call.inside = False
     if call.fired:
-        if call.doubled:
+        if call.reads_logits:
             outputs.logits = call.after_forward(outputs.logits)
         call.steered = call.ever = True
     else:

@@ -12,7 +12,7 @@ class Recorder:
     prompt_tokens: int | None = None
     """Columns of the ids before the first new token; None while no forward was prepared."""
     wants_logits = False
-    """Whether after_forward is to be called: costs a second row through the LM head."""
+    """Whether after_forward is to be called: where there is an edit, costs a second row through the LM head."""
 
     def at_head(self, hidden_states: Tensor, edited: Tensor, sound: Tensor | None) -> None:
         """The LM head's input before and after the edit, (..., hidden_size), and which rows are sound, (..., 1)."""

@@ -16,7 +16,7 @@ class Trace:
     """`generate(..., recontrol_trace=True, return_dict_in_generate=True).recontrol_trace`.
 
     Every tensor is (rows, tokens), on the CPU, for the new tokens only. After a row's end token_ids hold padding,
-    `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its last token that is
+    base_token_ids −1, `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its last token that is
     not padding (one padding token too many where the padding is an EOS: the ids do not tell).
     """
 
@@ -35,6 +35,8 @@ class Trace:
     """float32: the share of the control that max_kl left, in logits: 1 is all, below 1 the token is at the cap."""
     sound: Tensor
     """bool: False where the hidden state or the edit was not finite, so that the token is unguided."""
+    base_token_ids: Tensor
+    """int64: after the same text, the likeliest token without the control."""
 
     @property
     def lengths(self) -> Tensor:
@@ -59,6 +61,8 @@ class TraceRecorder(Recorder):
         self._controller = controller
         self._token: Tensor | None = None  # (figures, rows): values, steered values, ‖u‖, KL, scale, sound
         self._tokens: list[Tensor] = []
+        self._likeliest: Tensor | None = None  # (rows,), int64
+        self._base_tokens: list[Tensor] = []
 
     @property
     def steps(self) -> int:
@@ -69,6 +73,7 @@ class TraceRecorder(Recorder):
         before, after = hidden_states[..., -1, :].detach(), edited[..., -1, :].detach()
         if self._token is None:
             self._token = torch.ones(6, *before.shape[:-1], dtype=torch.float32, device=before.device)
+            self._likeliest = torch.zeros(before.shape[:-1], dtype=torch.int64, device=before.device)
         self._token[0].copy_(self._controller.values(before))
         self._token[1].copy_(self._controller.values(after))
         self._token[2].copy_((after.float() - before.float()).norm(dim=-1))
@@ -77,13 +82,15 @@ class TraceRecorder(Recorder):
             self._token[5].copy_(sound[..., -1, 0])
 
     def after_forward(self, base: Tensor, logits: Tensor, scale: Tensor | None) -> None:
-        assert self._token is not None  # at_head came first
+        assert self._token is not None and self._likeliest is not None  # at_head came first
+        self._likeliest.copy_(base[..., -1, :].argmax(-1))
         self._token[3].copy_(kl_divergence(logits[..., -1, :], base[..., -1, :]))
         if scale is not None:
             self._token[4].copy_(scale[..., -1, 0])
 
     def step(self) -> None:
-        if self._token is not None:
+        if self._token is not None and self._likeliest is not None:
+            self._base_tokens.append(self._likeliest.clone())
             self._tokens.append(self._token.clone())
 
     def trace(self, token_ids: Tensor, lengths: Tensor) -> Trace:
@@ -105,4 +112,5 @@ class TraceRecorder(Recorder):
         ended = torch.arange(token_ids.shape[1]) >= lengths.cpu()[:, None]
         sound = (figures[5] * figures[4] > 0) | ended  # a scale of 0: the edit overflowed in the logits
         values, steered, norms, kl, scale = figures[:5].masked_fill(ended, torch.nan)
-        return Trace(token_ids.cpu(), values, steered, norms, kl, scale, sound)
+        base = torch.stack(self._base_tokens[: token_ids.shape[1]], dim=-1).cpu().masked_fill(ended, -1)
+        return Trace(token_ids.cpu(), values, steered, norms, kl, scale, sound, base)

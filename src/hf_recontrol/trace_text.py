@@ -34,9 +34,10 @@ class _Token:
     def ansi(self) -> str:
         return "\x1b[38;2;0;0;0;48;2;{};{};{}m".format(*self.colour) + f"{self.text}{self.sign}\x1b[0m"
 
-    def html(self) -> str:
+    def html(self, tooltip: str = "title") -> str:
+        """The token, with its numbers in the attribute `tooltip`."""
         style = "color:#000;background-color:#{:02x}{:02x}{:02x};".format(*self.colour) + CSS[self.sign]
-        return f'<span style="{style}" title="{html.escape(self.tooltip)}">{html.escape(self.text)}</span>'
+        return f'<span style="{style}" {tooltip}="{html.escape(self.tooltip)}">{html.escape(self.text)}</span>'
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,21 +55,27 @@ class ShownTrace:
         in_colour = sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         scale = f"{self.title}: {''.join(number.ansi() for number in self.legend)}; " if in_colour else ""
         lines = [scale + ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items())]
-        for summary, tokens in self.rows:
-            lines += [summary, "".join(token.ansi() if in_colour else token.text + token.sign for token in tokens)]
+        for row, (summary, tokens) in enumerate(self.rows):
+            lines.append(f"row {row}: {summary}")
+            lines.append("".join(token.ansi() if in_colour else token.text + token.sign for token in tokens))
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        scale = "".join(number.html() for number in self.legend)
-        signs = ", ".join(f'<span style="{CSS[sign]}">{meaning}</span>' for sign, meaning in SIGNS.items())
-        parts = [f"<div>{self.title}: {scale}; {signs}</div>"]
-        for summary, tokens in self.rows:
-            parts.append(f'<div style="margin-top:0.6em">{summary}</div><div>{"".join(map(_Token.html, tokens))}</div>')
+        parts = [f"<div>{self.legend_html()}</div>"]
+        for row, (summary, tokens) in enumerate(self.rows):
+            parts.append(f'<div style="margin-top:0.6em">row {row}: {summary}</div>')
+            parts.append(f"<div>{''.join(map(_Token.html, tokens))}</div>")
         # the classes keep MathJax, which a notebook runs over every output, from typesetting a token like $x$
         style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
         return f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{"".join(parts)}</div>'
+
+    def legend_html(self) -> str:
+        """What the colours and the lines stand for."""
+        scale = "".join(number.html() for number in self.legend)
+        signs = ", ".join(f'<span style="{CSS[sign]}">{meaning}</span>' for sign, meaning in SIGNS.items())
+        return f"{self.title}: {scale}; {signs}"
 
 
 def show(trace: Trace, tokenizer: Any = None, *, by: str | None = None) -> ShownTrace:
@@ -88,7 +95,7 @@ def show(trace: Trace, tokenizer: Any = None, *, by: str | None = None) -> Shown
     if by not in SHOWN_BY:
         raise ValueError(f"by is {by!r}, but tokens are coloured by one of {', '.join(SHOWN_BY)}. Pass one of these.")
     numbers, colour = _scale(trace, by)
-    rows = [_row(trace, row, token_texts(trace, row, tokenizer), by, colour) for row in range(len(trace))]
+    rows = [_row(trace, row, tokenizer, by, colour) for row in range(len(trace))]
     return ShownTrace(SHOWN_BY[by], [_Token(f" {number:.3g} ", colour(number)) for number in numbers], rows)
 
 
@@ -108,22 +115,24 @@ def _scale(trace: Trace, by: str) -> tuple[list[float], Paint]:
     return [centre + step * reach for step in ((-1, 0, 1) if around_mean else (0, 1))], colour
 
 
-def _row(trace: Trace, row: int, texts: list[str], by: str, colour: Paint) -> tuple[str, list[_Token]]:
+def _row(trace: Trace, row: int, tokenizer: Any, by: str, colour: Paint) -> tuple[str, list[_Token]]:
+    texts = token_texts(trace, row, tokenizer)
     if not texts:
-        return f"row {row}: no tokens", []
+        return "no tokens", []
     columns = {name: getattr(trace, name)[row, : len(texts)] for name in (*SHOWN_BY, "capped", "sound")}
     before, after, kl = (float(columns[name].nanmean()) for name in ("values", "steered_values", "kl"))
     values = "" if math.isnan(before) else f"mean value {before:.3g} → {after:.3g}, "  # a control head knows none
     summary = (
-        f"row {row}: tokens {len(texts)}, {values}mean KL {kl:.3g} nats per token, "
+        f"tokens {len(texts)}, {values}mean KL {kl:.3g} nats per token, "
         f"at the cap {int(columns['capped'].sum())}, left unedited {int((~columns['sound']).sum())}"
     )
     tokens = []
-    for i, text in enumerate(texts):
+    for i, (text, likeliest) in enumerate(zip(texts, base_texts(trace, row, tokenizer), strict=True)):
         value, steered, kl, norm, capped, sound = (column[i].item() for column in columns.values())
         signs = ["▲"] * capped + ["✗"] * (not sound)
         numbers = f"value {value:.3g} → {steered:.3g}\n" * bool(values) + f"‖u‖ {norm:.3g}\nKL {kl:.3g} nats"
-        tooltip = "\n".join([numbers, *(SIGNS[sign] for sign in signs)])
+        base = f"likeliest without control: {likeliest.strip() or '␣'}"
+        tooltip = "\n".join([numbers, base, *(SIGNS[sign] for sign in signs)])
         tokens.append(_Token(text, colour(columns[by][i].item()), "".join(signs[-1:]), tooltip))
     return summary, tokens
 
@@ -131,16 +140,26 @@ def _row(trace: Trace, row: int, texts: list[str], by: str, colour: Paint) -> tu
 def token_texts(trace: Trace, row: int, tokenizer: Any) -> list[str]:
     """The texts of a row's tokens, up to its length, fit to be printed; their ids where the tokenizer is None."""
     ids = trace.token_ids[row, : int(trace.lengths[row])].tolist()
+    return [_gained(ids[:i], token, tokenizer) for i, token in enumerate(ids)]
+
+
+def base_texts(trace: Trace, row: int, tokenizer: Any) -> list[str]:
+    """As token_texts, of the tokens that would have been likeliest without the control, each after the same text."""
+    length = int(trace.lengths[row])
+    ids, base = trace.token_ids[row, :length].tolist(), trace.base_token_ids[row, :length].tolist()
+    return [_gained(ids[:i], token, tokenizer) for i, token in enumerate(base)]
+
+
+def _gained(ids: list[int], token: int, tokenizer: Any) -> str:
+    """What the text of `ids` gains by a token.
+
+    Decoded alone it can lose its leading space, and a part of a character is no text. Eight tokens back are enough, as
+    a character has at most four bytes.
+    """
     if tokenizer is None:
-        return [f" {token}" for token in ids]
-    texts = []
-    for i in range(len(ids)):
-        # A token is what the text gains by it: decoded alone it can lose its leading space, and a part of a character
-        # is no text. Eight tokens back are enough, as a character has at most four bytes.
-        window = ids[max(0, i - 8) : i + 1]
-        before, after = tokenizer.decode(window[:-1]), tokenizer.decode(window)
-        kept = next((k for k, c in enumerate(before) if after[k : k + 1] != c), len(before))
-        # control characters could command the terminal, and others reverse the line
-        printable = (c if c.isprintable() else " " * c.isspace() for c in after[kept:].replace("\n", "⏎"))
-        texts.append("".join(printable) or "·")
-    return texts
+        return f" {token}"
+    before, after = tokenizer.decode(ids[-8:]), tokenizer.decode([*ids[-8:], token])
+    kept = next((k for k, c in enumerate(before) if after[k : k + 1] != c), len(before))
+    # control characters could command the terminal, and others reverse the line
+    printable = (c if c.isprintable() else " " * c.isspace() for c in after[kept:].replace("\n", "⏎"))
+    return "".join(printable) or "·"
