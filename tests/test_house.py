@@ -104,6 +104,8 @@ ORDER = [
     "comparison_figures",
     "comparison_report",
     "plots",
+    "page_answers",
+    "page",
     "demo",
     "serving",
     "cli_inputs",

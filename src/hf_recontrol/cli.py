@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_evaluate import evaluate
-from .cli_inputs import named_heads
+from .cli_inputs import language_model, named_heads
 from .cli_rollouts import rollouts
 from .cli_share import list_, merge, push
 from .cli_train import train
@@ -66,10 +66,30 @@ def demo(
         int, typer.Option(min=1, help="With --train: rounds of answers that the control head is fitted to.")
     ] = 1,
     prompts: Annotated[int, typer.Option(min=10, max=400, help="Prompts of the table; fewer is faster.")] = 400,
+    page: Annotated[
+        bool, typer.Option("--page", help="A page in the browser instead: type, steer, see the tokens (extra: demo).")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="With --page: another language model, an id on the Hub or a folder.")
+    ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=HEAD", help="With --page: a head to choose, as of serve. Repeat it for more."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="With --page: 127.0.0.1 where not given, which no other machine sees.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="With --page: the first that is free from 7860 where not given.")
+    ] = None,
 ) -> None:
     """A tiny language model of film reviews with and without control: a few texts, and a table. No network."""
     if not train and (output is not None or iterations > 1):
         raise ValueError("--output and --iterations are for heads that are made anew: pass --train too.")
+    if not page and any(given is not None for given in (model, head, host, port)):
+        raise ValueError("--model, --head, --host and --port are of the page: pass --page too.")
+    if page and train:
+        raise ValueError("--page and --train are two things. Train first, then --page --head mine=FOLDER/control_head.")
     import torch
 
     from .demo.assets import Demo
@@ -77,6 +97,9 @@ def demo(
 
     if "OMP_NUM_THREADS" not in os.environ:  # torch's default leaves out hyper-threads, which help a model this small
         torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    if page:
+        _page(model, named_heads(head or [], "--head"), host, port)
+        return
     if not train:
         show(Demo(), prompts, typer.echo)
         return
@@ -86,6 +109,20 @@ def demo(
         folder = output or Path(scratch)
         make_heads(Demo(), folder, prompts=3000, answers=4, iterations=iterations)
         show(Demo(heads_folder=folder), prompts, typer.echo)
+
+
+def _page(model: str | None, heads: dict[str, str], host: str | None, port: int | None) -> None:
+    """The page, of the demo's model and heads or of others."""
+    from .demo.page import demo_page
+    from .head import Head
+    from .page import build_page, launch_page
+
+    if model is not None and not heads:
+        raise ValueError(f"--model is {model!r}, but no head for it was named. Add --head NAME=HEAD.")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    loaded = {name: Head.from_pretrained(head) for name, head in heads.items()}
+    page = demo_page(loaded) if model is None else build_page(*language_model(model), loaded)
+    launch_page(page, host=host, port=port)
 
 
 @app.command()

@@ -16,8 +16,8 @@ class Trace:
     """`generate(..., recontrol_trace=True, return_dict_in_generate=True).recontrol_trace`.
 
     Every tensor is (rows, tokens), on the CPU, for the new tokens only. After a row's end token_ids hold padding,
-    base_token_ids −1, `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its last token that is
-    not padding (one padding token too many where the padding is an EOS: the ids do not tell).
+    base_token_ids −1, `sound` is True, and the rest NaN. A row ends at its EOS; where a stop string ended it, at its
+    last token that is not padding (one padding token too many where the padding is an EOS: the ids do not tell).
     """
 
     token_ids: Tensor
@@ -82,7 +82,8 @@ class TraceRecorder(Recorder):
             self._token[5].copy_(sound[..., -1, 0])
 
     def after_forward(self, base: Tensor, logits: Tensor, scale: Tensor | None) -> None:
-        assert self._token is not None and self._likeliest is not None  # at_head came first
+        assert self._token is not None  # at_head came first
+        assert self._likeliest is not None
         self._likeliest.copy_(base[..., -1, :].argmax(-1))
         self._token[3].copy_(kl_divergence(logits[..., -1, :], base[..., -1, :]))
         if scale is not None:

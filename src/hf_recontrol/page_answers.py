@@ -1,0 +1,268 @@
+"""What the page answers: a prompt answered without and with control from one seed, token by token. Knows no gradio."""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .answers import eos_token_ids, padding_token_id, prompt_token_ids, seeded
+from .config_checks import shown
+from .control import Controller
+from .control_config import ControlConfig
+from .control_head import ControlHead
+from .figure_style import LINES
+from .forwards import generate_recorded
+from .generation import enable_recontrol
+from .head import Head
+from .keywords import check_base_model
+from .trace import Trace, TraceRecorder
+from .value_head import ValueHead
+
+LONGEST = 4096  # tokens of an answer
+COLOURS = dict(
+    zip(("base", "steered, before u", "steered, after u", "steered"), (*LINES[:2], LINES[4], LINES[1]), strict=True)
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks the page for. Numbers come as they were typed, and are checked before anything runs."""
+
+    prompt: str
+    head: str
+    """A head's name."""
+    strength: float | None = 0.1
+    """Mean KL per token to spend, nats; 0 is no control."""
+    multiplier: float | None = None
+    """α of a value head, the scale of a control head; where there is one, the strength is left out."""
+    num_steps: float | None = None
+    """n of a value head; its own where None."""
+    max_kl: float | None = None
+    """nats; 4 × the strength where None."""
+    seed: float | None = 0
+    max_new_tokens: float | None = 40
+    temperature: float | None = 1.0
+    """0 is greedy decoding."""
+    chat: bool = False
+    """Whether the prompt is a user's message, to be put into the tokenizer's chat template."""
+
+    def checked(self) -> "Asked":
+        """The same, with whole numbers for whole numbers.
+
+        Raises:
+            ValueError: the prompt is empty or a number of the sampling is none that can be used.
+        """
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty; an answer needs words to go on from. Type the beginning of a text.")
+        for name, wanted, holds in (
+            ("seed", "an integer from 0 to 2⁶³ − 1", lambda x: _is_whole(x) and 0 <= x < 2**63),
+            ("max_new_tokens", f"an integer from 1 to {LONGEST}", lambda x: _is_whole(x) and 1 <= x <= LONGEST),
+            ("temperature", "a number from 0 (greedy) to 100", lambda x: 0 <= x <= 100),
+        ):
+            value = getattr(self, name)
+            if value is None or not holds(value):
+                said = "empty" if value is None else shown(value)
+                raise ValueError(f"{name} is {said}; it must be {wanted}.")
+        steps = self.num_steps
+        whole = int(steps) if steps is not None and _is_whole(steps) else steps
+        return replace(self, seed=int(self.seed or 0), max_new_tokens=int(self.max_new_tokens or 0), num_steps=whole)
+
+
+def _is_whole(number: float) -> bool:
+    return float(number).is_integer()
+
+
+class Answerer:
+    """Answers prompts, one at a time whoever asks.
+
+    Args:
+        model: a language model; it is enabled, see `enable_recontrol`.
+        tokenizer: the model's.
+        heads: name → head. One trained on another base model is warned of.
+
+    Raises:
+        ValueError: there is no head, or the model has no usable LM head.
+        HeadMismatch: a head is of another width than the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, heads: Mapping[str, Head]):
+        if not heads:
+            raise ValueError("Got no heads, but the page steers by one. Name one or more: --head NAME=HEAD.")
+        self.model = enable_recontrol(model)
+        self.tokenizer = tokenizer
+        self.heads = dict(heads)
+        for head in heads.values():
+            check_base_model(head, model)
+        self._worker = ThreadPoolExecutor(1, "hf-recontrol-page")  # one: answers draw on torch's one random state
+
+    def watching(self, head: str) -> Head:
+        """The head whose values colour the tokens: a value head itself, of a control head a value head beside it.
+
+        It is the deepest of the same reward; where there is none, the control head, which knows no values.
+        """
+        steering = self.heads[head]
+        if isinstance(steering, ValueHead):
+            return steering
+        reward = steering.config.reward.name
+        beside = (one for one in self.heads.values() if isinstance(one, ValueHead) and one.config.reward.name == reward)
+        return max(beside, key=lambda one: one.config.num_hidden_layers, default=steering)
+
+    def plain(self, asked: Asked) -> Asked:
+        """The same without control: equal for all that differ in the control alone, and are watched by one head."""
+        watching = next(name for name, head in self.heads.items() if head is self.watching(asked.head))
+        return replace(asked, head=watching, strength=0.0, multiplier=None, num_steps=None, max_kl=None)
+
+    def checked(self, asked: Asked) -> tuple[Asked, Controller, list[int]]:
+        """What answer() makes of a question: its numbers, its control and the prompt's tokens.
+
+        Raises:
+            ValueError: it cannot be had.
+        """
+        asked = asked.checked()
+        return asked, self._controller(asked), self._prompt(asked)
+
+    def answer(self, asked: Asked) -> Iterator[Trace]:
+        """One answer, as a trace of the tokens that there are so far, again and again until it is whole.
+
+        Closing the iterator ends the generation within one token.
+
+        Raises:
+            ValueError: what was asked for cannot be had; before anything is generated.
+            SteeringNotApplied: the model passed the hooks by.
+        """
+        asked, controller, prompt = self.checked(asked)
+        recorder, tokens, stop = TraceRecorder(_still(self.watching(asked.head))), _Tokens(), threading.Event()
+        work = self._worker.submit(self._generate, asked, prompt, controller, recorder, tokens, stop)
+        work.add_done_callback(lambda _: tokens.put_end())
+        try:
+            for ids in tokens.so_far():
+                yield recorder.trace(torch.tensor([ids]), torch.tensor([len(ids)]))
+            work.result()
+        finally:
+            stop.set()
+            work.cancel()
+
+    def _controller(self, asked: Asked) -> Controller:
+        if asked.head not in self.heads:
+            raise ValueError(f"The head is {shown(asked.head)}, but the heads are {', '.join(map(shown, self.heads))}.")
+        head = self.heads[asked.head]
+        own = "scale" if isinstance(head, ControlHead) else "step_size"
+        said: dict[str, Any] = {own: asked.multiplier, "num_steps": asked.num_steps, "max_kl": asked.max_kl}
+        if asked.multiplier is None:
+            said |= {own: 0.0} if asked.strength == 0 else {"strength": asked.strength}
+        return Controller(head, ControlConfig(**said))
+
+    def _prompt(self, asked: Asked) -> list[int]:
+        message = [{"role": "user", "content": asked.prompt}] if asked.chat else asked.prompt
+        ids = prompt_token_ids(self.tokenizer, message)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and len(ids) + int(asked.max_new_tokens or 0) > longest:
+            raise ValueError(
+                f"The prompt has {len(ids)} tokens and the answer may have {asked.max_new_tokens}, but the model reads "
+                f"{longest} in all. Shorten the prompt or the answer."
+            )
+        return ids
+
+    def _generate(
+        self,
+        asked: Asked,
+        prompt: list[int],
+        controller: Controller,
+        recorder: TraceRecorder,
+        streamer: "_Tokens",
+        stop: threading.Event,
+    ) -> None:
+        ids = torch.tensor([prompt], device=self.model.device)
+        sampling = {"do_sample": True, "temperature": asked.temperature} if asked.temperature else {"do_sample": False}
+        ends = eos_token_ids(self.model, self.tokenizer, {})
+
+        def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
+        with seeded(self.model.device.type, int(asked.seed or 0)):
+            generate_recorded(
+                self.model,
+                recorder,
+                controller,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=asked.max_new_tokens,
+                eos_token_id=ends or None,
+                pad_token_id=padding_token_id(self.tokenizer, ends),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([stopped]),
+                **sampling,
+            )
+
+
+class _Tokens(BaseStreamer):
+    """Hands the new tokens from the thread that generates to the one that reads."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._prompt_is_next = True
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+        else:
+            self._queue.put(int(value))
+
+    def end(self) -> None:
+        pass  # put_end() says it, also after an error
+
+    def put_end(self) -> None:
+        self._queue.put(None)
+
+    def so_far(self) -> Iterator[list[int]]:
+        """All tokens so far, again whenever there are more; a reader who is slow misses steps, not tokens."""
+        ids: list[int] = []
+        while (token := self._queue.get()) is not None:
+            ids.append(token)
+            if self._queue.empty():
+                yield list(ids)
+        if ids:
+            yield ids
+
+
+def _still(head: Head) -> Controller:
+    """The head as a controller that moves nothing."""
+    return Controller(head, ControlConfig(scale=0.0) if isinstance(head, ControlHead) else ControlConfig(step_size=0.0))
+
+
+def side_by_side(traces: Sequence[Trace]) -> Trace:
+    """Traces of one row each as the rows of one: so they are shown on one scale."""
+    width = max(trace.token_ids.shape[1] for trace in traces)
+    ends: dict[str, Any] = {"token_ids": 0, "base_token_ids": -1, "sound": True}
+
+    def rows(name: str) -> Tensor:
+        parts = [getattr(trace, name) for trace in traces]
+        return torch.cat([pad(part, (0, width - part.shape[1]), value=ends.get(name, torch.nan)) for part in parts])
+
+    return Trace(**{field.name: rows(field.name) for field in fields(Trace)})
+
+
+def curves(plain: Trace, steered: Trace) -> tuple[str, list[dict[str, Any]]]:
+    """What is drawn along the answers: values; KL where none are known.
+
+    Returns:
+        Its name, and for each point {"token": from 1, "value", "answer": one of COLOURS}.
+    """
+    drawn = [plain.values, steered.values, steered.steered_values]
+    name = "value (units of the reward)"
+    if bool(plain.values.isnan().all()):
+        name, drawn = "KL (nats)", [plain.kl, steered.kl]
+    names = ["base", "steered"] if len(drawn) == 2 else ["base", "steered, before u", "steered, after u"]
+    return name, [
+        {"token": place, "value": number, "answer": answer}
+        for answer, row in zip(names, drawn, strict=True)
+        for place, number in enumerate(row[0].tolist(), 1)
+    ]
