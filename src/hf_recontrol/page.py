@@ -25,13 +25,14 @@ VALUES = {"values": "Value before", "steered_values": "Value after"}
 MEANT = {**VALUES, "kl": "KL", "control_norms": "‖u‖"}
 CSS = """
 .answer {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.8; min-height: 7em}
+.answer.growing::after {content: "▍"}
 .answer .prompt, .summary {opacity: 0.65}
 .summary {font-size: 0.85em; line-height: 1.4; white-space: normal}
 .legend {line-height: 1.8}
 .legend span[style*=background] {display: inline-block; white-space: pre}
-[data-numbers] {position: relative; border-radius: 3px; cursor: default}
-[data-numbers]:not([data-numbers=""]):hover {outline: 2px solid #555}
-[data-numbers]:not([data-numbers=""]):hover::after {
+[data-numbers] {border-radius: 3px; cursor: default}
+[data-numbers]:is(:hover, :focus) {outline: 2px solid #555}
+[data-numbers]:hover::after, .answer:not(:hover) [data-numbers]:focus::after {
   content: attr(data-numbers); position: fixed; left: 0; right: 0; bottom: 0; z-index: 100; margin: 0 auto; width: 24em;
   max-width: 100vw; padding: 0.6em 1em; white-space: pre-line; line-height: 1.5; background: #222; color: #fff;
   border-radius: 8px 8px 0 0; pointer-events: none}
@@ -86,7 +87,7 @@ def build_page(model: Any, tokenizer: Any, heads: Mapping[str, Head], examples: 
         asked = [gr.on([go.click, prompt.submit, strength.release], **asking)]
         changed = head.input(view.controls, head, [strength, *advanced[:2]], show_progress="hidden")
         asked.append(changed.then(**asking))
-        stop.click(None, cancels=asked)
+        stop.click(view.recolour, [by, kept], [legend, *answers], show_progress="hidden", cancels=asked)
         by.input(view.recolour, [by, kept], [legend, *answers], show_progress="hidden")
     return page
 
@@ -127,25 +128,33 @@ def _strength(gr: Any, head: Head) -> Any:
     )
 
 
+# Numbers that may be left out are boxes for text: gradio's for numbers shows 0, and sends it, where there is none.
+
+
 def _multiplier(gr: Any, head: Head) -> Any:
     """α or the scale; the head's own where it has no strength."""
     control, name, own = head.config.control, "α (step_size)", "step_size"
     if isinstance(head, ControlHead):
         name = own = "scale"
-    return gr.Number(
-        value=None if control.calibration else getattr(control, own),
+    return gr.Textbox(
+        value="" if control.calibration else str(getattr(control, own)),
         label=name,
-        info="Takes the place of the strength; empty: the strength picks it.",
+        placeholder="from the strength",
+        info="Takes the place of the strength.",
         elem_id="multiplier",
         min_width=150,
     )
 
 
 def _num_steps(gr: Any, head: Head) -> Any:
-    info = "Steps of the ascent at each token; empty: the head's own."
-    value_head = isinstance(head, ValueHead)
-    return gr.Number(
-        value=None, label="n (num_steps)", info=info, visible=value_head, elem_id="num_steps", min_width=150
+    return gr.Textbox(
+        value="",
+        label="n (num_steps)",
+        placeholder="the head's own",
+        info="Steps of the ascent at each token.",
+        visible=isinstance(head, ValueHead),
+        elem_id="num_steps",
+        min_width=150,
     )
 
 
@@ -153,8 +162,10 @@ def _advanced(gr: Any, head: Head, *, has_chat: bool) -> list[Any]:
     """In the order of Asked's fields."""
     with gr.Row():
         steering = [_multiplier(gr, head), _num_steps(gr, head)]
-        info = "No token's KL above it, nats; empty: 4 × the strength."
-        steering.append(gr.Number(None, label="max_kl", info=info, elem_id="max_kl", min_width=150))
+        info = "No token's KL above it, nats."
+        steering.append(
+            gr.Textbox("", label="max_kl", placeholder="4 × the strength", info=info, elem_id="max_kl", min_width=150)
+        )
     with gr.Row():
         return [
             *steering,
@@ -195,9 +206,9 @@ class _View:
                 for base in self._answerer.answer(plain):
                     yield self._shown(by, _Kept(asked, None, [base]))
             for steered in self._answerer.answer(asked):
-                whole = _Kept(asked, plain, [base, steered])
-                yield self._shown(by, whole)
-            yield self._shown(by, whole, self._plot(whole))
+                both = _Kept(asked, plain, [base, steered])
+                yield self._shown(by, both)
+            yield [self._gr.HTML(visible=False), *self._texts(by, both), self._plot(both), both]
         except REFUSALS as error:
             text = f'<div class="refusal">{html.escape(str(error))}</div>'
             yield [self._gr.HTML(text, visible=True), *[self._gr.skip()] * 5]
@@ -211,17 +222,20 @@ class _View:
         head = self._answerer.heads[name]
         return [_strength(self._gr, head), _multiplier(self._gr, head), _num_steps(self._gr, head)]
 
-    def _shown(self, by: str, kept: _Kept, plot: Any = None) -> list[Any]:
-        plot = self._gr.skip() if plot is None else plot
-        return [self._gr.HTML(visible=False), *self._texts(by, kept), plot, kept]
+    def _shown(self, by: str, kept: _Kept) -> list[Any]:
+        return [self._gr.HTML(visible=False), *self._texts(by, kept, growing=True), self._gr.skip(), kept]
 
-    def _texts(self, by: str, kept: _Kept) -> list[str]:
+    def _texts(self, by: str, kept: _Kept, *, growing: bool = False) -> list[str]:
         trace = side_by_side(kept.traces)
         by = "kl" if by in VALUES and bool(trace.values.isnan().all()) else by
         shown, watching = show(trace, self._answerer.tokenizer, by=by), self._answerer.plain(kept.asked).head
         whose = f"; values by {html.escape(watching)}" if watching != kept.asked.head and by in VALUES else ""
-        rows = [*shown.rows, ("", [])]  # the steered answer may not have begun
-        answers = [_answer(title, kept.asked.prompt, *row) for title, row in zip(TITLES, rows, strict=False)]
+        rows = [*shown.rows, ("", [])][:2]  # the steered answer may not have begun
+        last = len(kept.traces) - 1
+        answers = [
+            _answer(title, kept.asked.prompt, *row, growing=growing and place == last)
+            for place, (title, row) in enumerate(zip(TITLES, rows, strict=True))
+        ]
         return [f'<div class="legend">{shown.legend_html()}{whose}</div>', *answers]
 
     def _plot(self, kept: _Kept) -> Any:
@@ -231,7 +245,10 @@ class _View:
         return self._gr.LinePlot(pandas.DataFrame(rows), y_title=name, visible=True)
 
 
-def _answer(title: str, prompt: str = "", summary: str = "", tokens: Sequence[Any] = ()) -> str:
-    text = "".join(token.html("data-numbers") for token in tokens)
+def _answer(
+    title: str, prompt: str = "", summary: str = "", tokens: Sequence[Any] = (), *, growing: bool = False
+) -> str:
+    text = "".join(token.html('tabindex="0" data-numbers') for token in tokens)  # a tap and the Tab key focus
     prompt = f'<span class="prompt">{html.escape(prompt)}</span>'
-    return f'<h3>{title}</h3><div class="answer">{prompt}{text}</div><div class="summary">{summary}</div>'
+    kind = "answer growing" if growing else "answer"
+    return f'<h3>{title}</h3><div class="{kind}">{prompt}{text}</div><div class="summary">{summary}</div>'

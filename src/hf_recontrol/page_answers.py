@@ -34,19 +34,19 @@ COLOURS = dict(
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks the page for. Numbers come as they were typed, and are checked before anything runs."""
+    """What a person asks the page for, as it was typed: it is checked before anything runs."""
 
     prompt: str
     head: str
     """A head's name."""
     strength: float | None = 0.1
     """Mean KL per token to spend, nats; 0 is no control."""
-    multiplier: float | None = None
+    multiplier: str = ""
     """α of a value head, the scale of a control head; where there is one, the strength is left out."""
-    num_steps: float | None = None
-    """n of a value head; its own where None."""
-    max_kl: float | None = None
-    """nats; 4 × the strength where None."""
+    num_steps: str = ""
+    """n of a value head; its own where empty."""
+    max_kl: str = ""
+    """nats; 4 × the strength where empty."""
     seed: float | None = 0
     max_new_tokens: float | None = 40
     temperature: float | None = 1.0
@@ -54,12 +54,8 @@ class Asked:
     chat: bool = False
     """Whether the prompt is a user's message, to be put into the tokenizer's chat template."""
 
-    def checked(self) -> "Asked":
-        """The same, with whole numbers for whole numbers.
-
-        Raises:
-            ValueError: the prompt is empty or a number of the sampling is none that can be used.
-        """
+    def check_sampling(self) -> None:
+        """Raise a ValueError where the prompt is empty or a number of the sampling is none that can be used."""
         if not self.prompt.strip():
             raise ValueError("The prompt is empty; an answer needs words to go on from. Type the beginning of a text.")
         for name, wanted, holds in (
@@ -71,13 +67,30 @@ class Asked:
             if value is None or not holds(value):
                 said = "empty" if value is None else shown(value)
                 raise ValueError(f"{name} is {said}; it must be {wanted}.")
-        steps = self.num_steps
-        whole = int(steps) if steps is not None and _is_whole(steps) else steps
-        return replace(self, seed=int(self.seed or 0), max_new_tokens=int(self.max_new_tokens or 0), num_steps=whole)
+
+    def control(self, own: str) -> ControlConfig:
+        """How hard to steer; `own` is what the head's kind calls its multiplier.
+
+        Raises:
+            ValueError: a number is none, or none that can be used.
+        """
+        typed = {own: self.multiplier, "num_steps": self.num_steps, "max_kl": self.max_kl}
+        said: dict[str, Any] = {name: _number(name, text) for name, text in typed.items() if text.strip()}
+        if own not in said:
+            said |= {own: 0.0} if self.strength == 0 else {"strength": self.strength}
+        return ControlConfig(**said)
 
 
 def _is_whole(number: float) -> bool:
     return float(number).is_integer()
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {shown(text)}; it must be a number, or empty.") from None
+    return int(number) if _is_whole(number) else number
 
 
 class Answerer:
@@ -118,16 +131,16 @@ class Answerer:
     def plain(self, asked: Asked) -> Asked:
         """The same without control: equal for all that differ in the control alone, and are watched by one head."""
         watching = next(name for name, head in self.heads.items() if head is self.watching(asked.head))
-        return replace(asked, head=watching, strength=0.0, multiplier=None, num_steps=None, max_kl=None)
+        return replace(asked, head=watching, strength=0.0, multiplier="", num_steps="", max_kl="")
 
-    def checked(self, asked: Asked) -> tuple[Asked, Controller, list[int]]:
-        """What answer() makes of a question: its numbers, its control and the prompt's tokens.
+    def checked(self, asked: Asked) -> tuple[Controller, list[int]]:
+        """The control that is asked for and the prompt's tokens.
 
         Raises:
-            ValueError: it cannot be had.
+            ValueError: what is asked for cannot be had.
         """
-        asked = asked.checked()
-        return asked, self._controller(asked), self._prompt(asked)
+        asked.check_sampling()
+        return self._controller(asked), self._prompt(asked)
 
     def answer(self, asked: Asked) -> Iterator[Trace]:
         """One answer, as a trace of the tokens that there are so far, again and again until it is whole.
@@ -138,7 +151,7 @@ class Answerer:
             ValueError: what was asked for cannot be had; before anything is generated.
             SteeringNotApplied: the model passed the hooks by.
         """
-        asked, controller, prompt = self.checked(asked)
+        controller, prompt = self.checked(asked)
         recorder, tokens, stop = TraceRecorder(_still(self.watching(asked.head))), _Tokens(), threading.Event()
         work = self._worker.submit(self._generate, asked, prompt, controller, recorder, tokens, stop)
         work.add_done_callback(lambda _: tokens.put_end())
@@ -154,11 +167,7 @@ class Answerer:
         if asked.head not in self.heads:
             raise ValueError(f"The head is {shown(asked.head)}, but the heads are {', '.join(map(shown, self.heads))}.")
         head = self.heads[asked.head]
-        own = "scale" if isinstance(head, ControlHead) else "step_size"
-        said: dict[str, Any] = {own: asked.multiplier, "num_steps": asked.num_steps, "max_kl": asked.max_kl}
-        if asked.multiplier is None:
-            said |= {own: 0.0} if asked.strength == 0 else {"strength": asked.strength}
-        return Controller(head, ControlConfig(**said))
+        return Controller(head, asked.control("scale" if isinstance(head, ControlHead) else "step_size"))
 
     def _prompt(self, asked: Asked) -> list[int]:
         message = [{"role": "user", "content": asked.prompt}] if asked.chat else asked.prompt
@@ -166,8 +175,8 @@ class Answerer:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(ids) + int(asked.max_new_tokens or 0) > longest:
             raise ValueError(
-                f"The prompt has {len(ids)} tokens and the answer may have {asked.max_new_tokens}, but the model reads "
-                f"{longest} in all. Shorten the prompt or the answer."
+                f"The prompt has {len(ids)} tokens and the answer may have {asked.max_new_tokens:g}, but the model "
+                f"reads {longest} in all. Shorten the prompt or the answer."
             )
         return ids
 
@@ -194,7 +203,7 @@ class Answerer:
                 controller,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=asked.max_new_tokens,
+                max_new_tokens=int(asked.max_new_tokens or 0),
                 eos_token_id=ends or None,
                 pad_token_id=padding_token_id(self.tokenizer, ends),
                 streamer=streamer,
