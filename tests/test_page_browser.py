@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def url(tmp_path_factory):
         time.sleep(0.1)
     assert process.poll() is None, log.read_text()
     yield f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     process.wait(timeout=30)
     assert "Traceback" not in log.read_text(), log.read_text()
     assert "SocketConnectBlocked" not in log.read_text()
