@@ -35,7 +35,7 @@ CSS = """
 [data-numbers]:hover::after, .answer:not(:hover) [data-numbers]:focus::after {
   content: attr(data-numbers); position: fixed; left: 0; right: 0; bottom: 0; z-index: 100; margin: 0 auto; width: 24em;
   max-width: 100vw; padding: 0.6em 1em; white-space: pre-line; line-height: 1.5; background: #222; color: #fff;
-  border-radius: 8px 8px 0 0; pointer-events: none}
+  border: 1px solid #888; border-radius: 8px 8px 0 0; pointer-events: none}
 .refusal {padding: 0.6em 1em; border-left: 4px solid #D55E00; background: #D55E0018}
 """
 
