@@ -135,7 +135,7 @@ def test_rows_that_move_keep_their_head(llama, answered):
 def test_a_router_that_ignores_moves_is_noticed(llama):
     model, folder, named = llama
     engine = {"model": str(folder / "model"), "max_num_seqs": 6, "max_num_batched_tokens": 20}
-    (answers,) = run_engine(folder, [MOVED], heads=named, engine=engine, moves=False)["batches"]
+    (answers,) = run_engine(folder, [MOVED], heads=named, engine=engine, broken="moves")["batches"]
     equal = [answer[0]["token_ids"] == tokens(model, one) for answer, one in zip(answers, MOVED, strict=True)]
     assert equal == [True, True, True, False, False, False]
 

@@ -38,7 +38,7 @@ def environment(**more):
     return {name: value for name, value in found.items() if value is not None}
 
 
-def run_engine(folder, batches, *, heads=None, default=None, engine=None, variables=None, steered=True, moves=True):
+def run_engine(folder, batches, *, heads=None, default=None, engine=None, variables=None, steered=True, broken=None):
     """What an engine answers to batches of requests, each a dict of prompt_token_ids and what SamplingParams takes.
 
     Returns:
@@ -55,7 +55,7 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
                 "default": default,
                 "engine": ENGINE | (engine or {}),
                 "steered": steered,
-                "moves": moves,
+                "broken": broken,
             }
         )
     )
@@ -76,8 +76,8 @@ def main(job, result):
         arguments = steering_arguments(job["heads"], default=job["default"])
     from vllm import LLM, SamplingParams
 
-    if not job["moves"]:
-        ignore_moves()
+    if job["broken"]:
+        BREAK[job["broken"]]()
     llm = LLM(disable_log_stats=False, **(arguments | job["engine"]))
     answers = []
     for batch in job["batches"]:
@@ -103,13 +103,22 @@ def answers_of(output):
 
 
 def ignore_moves():
-    """Break the router, to see that a test notices."""
     import dataclasses
 
     from hf_recontrol.serving import vllm as ours
 
     follow = ours.process_dict_updates
     ours.process_dict_updates = lambda rows, update, make: follow(rows, dataclasses.replace(update, moved=()), make)
+
+
+def go_by_the_layer():
+    from hf_recontrol.serving import vllm as ours
+
+    ours.SteeredLogitsProcessor.forward = ours.LogitsLayer.forward
+
+
+BREAK = {"moves": ignore_moves, "layer": go_by_the_layer}
+"""Ways to break what is tested, to see that it is noticed."""
 
 
 if __name__ == "__main__":

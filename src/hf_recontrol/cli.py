@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,14 @@ USER_ERRORS = (
     ImportError,
     FloatingPointError,
 )
+
+
+class Engine(StrEnum):
+    """What serves."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
 
 app = typer.Typer(
     add_completion=False,
@@ -203,16 +212,25 @@ def serve(
         ),
     ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(help="What else `transformers serve` takes, after --: -- --dtype bfloat16")
+        list[str] | None, typer.Argument(help="What else the engine's `serve` takes, after --: -- --dtype bfloat16")
     ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="transformers, or vllm for many requests at once (extra: vllm).")
+    ] = Engine.transformers,
     default: Annotated[
         str | None, typer.Option(help="NAME of the head for requests that name none; they are not steered otherwise.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="As of `transformers serve`, localhost.")] = None,
-    port: Annotated[int | None, typer.Option(help="As of `transformers serve`, 8000.")] = None,
+    host: Annotated[str | None, typer.Option(help="As of the engine: localhost; of vllm, all addresses.")] = None,
+    port: Annotated[int | None, typer.Option(help="As of the engine, 8000.")] = None,
 ) -> None:
-    """OpenAI's API for MODEL, by `transformers serve`, steered as a request's generation_config asks."""
-    from .serving.transformers_serve import serve as serve_model
+    """OpenAI's API for MODEL, steered request by request.
+
+    By `transformers serve`, which reads a request's generation_config, or `vllm serve`, which reads its vllm_xargs.
+    """
+    if engine is Engine.vllm:
+        from .serving.vllm_serve import serve as serve_model
+    else:
+        from .serving.transformers_serve import serve as serve_model
 
     address = {"--host": host, "--port": port}
     given = [part for name, value in address.items() if value is not None for part in (name, str(value))]

@@ -94,7 +94,8 @@ class SteeredLogitsProcessor(LogitsLayer):  # type: ignore[misc]
         self, lm_head: Any, hidden_states: Tensor, embedding_bias: Tensor | None = None, skip_gather: bool = False
     ) -> Tensor | None:
         """As LogitsProcessor.forward. `self` may be a LoRA layer around this one, which calls it so."""
-        routing: _Routing | None = getattr(self, "base_layer", self).routing
+        own: Any = getattr(self, "base_layer", self)
+        routing: _Routing | None = own.routing
         stock = functools.partial(
             LogitsLayer.forward, self, lm_head, embedding_bias=embedding_bias, skip_gather=skip_gather
         )
