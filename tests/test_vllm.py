@@ -114,7 +114,8 @@ def answered(llama):
     _, folder, named = llama
     scored = [request(6, asked, seed=i, logprobs=5, prompt_logprobs=3) for i, asked in enumerate(ASKED)]
     drawn = [request(6, ASKED[1], n=3, temperature=1e-4, seed=5)]
-    batches = [mixed(), MOVED, scored, drawn]
+    shared = [request(40, asked, seed=9) for asked in ASKED]
+    batches = [mixed(), MOVED, scored, drawn, shared]
     engine = {"model": str(folder / "model"), "max_num_seqs": 6, "max_num_batched_tokens": 20}
     return batches, run_engine(folder, batches, heads=named, engine=engine)["batches"]
 
@@ -160,6 +161,11 @@ def test_each_of_several_answers_to_a_prompt_is_steered(llama, answered):
     batches, answers = answered
     ((several,),), (one,) = [answers[3]], batches[3]
     assert [answer["token_ids"] for answer in several] == [tokens(llama[0], one)] * 3
+
+
+def test_plain_and_steered_requests_share_the_cache_of_a_prompt(llama, answered):
+    batches, answers = answered
+    assert_as_generated(llama[0], batches[4], answers[4])
 
 
 def test_requests_that_were_preempted_get_the_tokens_of_generate(llama):

