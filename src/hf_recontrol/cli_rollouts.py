@@ -27,6 +27,13 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Engine(StrEnum):
+    """What --engine takes."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class Features(StrEnum):
     """What --features-from takes."""
 
@@ -90,6 +97,12 @@ def rollouts(
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that a function may take for a batch.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a function that fails is tried again.")] = 2,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="What writes the answers. vllm (extra: vllm) starts two engines beside the model, one process."
+        ),
+    ] = Engine.transformers,
     dtype: Annotated[Dtype, typer.Option(help="Of the model and the stored states; auto is the model's own.")] = (
         Dtype.auto
     ),
@@ -112,6 +125,9 @@ def rollouts(
 
         more = _json(generation_kwargs)
         prompts = load_prompts(dataset, split=split, name=name, recipe=recipe, limit=limit)
+        if engine is Engine.vllm and (processes() > 1 or device is not None):
+            raise ValueError("--engine vllm spreads its own work. Leave out the launcher, and --device.")
+        device = "cpu" if engine is Engine.vllm else device  # the accelerator is the engines'
         lm, tokenizer = language_model(model, dtype=dtype, device=device, revision=revision)
         rewards = None
         if reward:
@@ -127,6 +143,7 @@ def rollouts(
             "drop_truncated": drop_truncated,
             "seed": seed,
             "controller": _controller(controller),
+            "engine": _engine(engine, lm),
             "generation_kwargs": more,
             "features_from": features_from.value,
             "sampling": sampling,
@@ -151,6 +168,14 @@ def _json(text: str | None) -> Any:
 
 def _controller(head: str | None) -> Any:
     return None if head is None else Controller(Head.from_pretrained(head))
+
+
+def _engine(engine: Engine, model: Any) -> Any:
+    if engine is Engine.transformers:
+        return None
+    from .serving.vllm_rollouts import VllmAnswers
+
+    return VllmAnswers(model)
 
 
 def _collect(

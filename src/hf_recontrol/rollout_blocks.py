@@ -3,10 +3,10 @@
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,18 @@ class Answer(NamedTuple):
     """(len(token_ids), hidden_size): those that predicted each token."""
 
 
+class AnswerEngine(Protocol):
+    """What answers in place of the model's own generate()."""
+
+    facts: dict[str, Any]
+    """For the fingerprint: another engine's rollouts are others."""
+
+    def __call__(
+        self, prompts: Sequence[list[int]], eos: Sequence[int], stop_strings: Sequence[str], generation: dict[str, Any]
+    ) -> tuple[list[list[int]], list[Tensor], list[int | None]]:
+        """As Collector._generate; draws by torch's random state."""
+
+
 @dataclass(frozen=True)
 class Collector:
     """Answers any block of the prompts; the same block in the same way each time, given the same random state."""
@@ -61,6 +73,7 @@ class Collector:
     stop_strings: list[str]
     generation: dict[str, Any]
     controller: Controller | None = None
+    engine: AnswerEngine | None = None
 
     @cached_property
     def failures(self) -> Failures:
@@ -174,9 +187,11 @@ class Collector:
         plain = isinstance(self.prompts[answer.prompt_id], str)
         return text if plain else [{"role": "assistant", "content": text}]
 
-    def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor, list[int | None]]:
+    def _generate(self, prompts: list[list[int]]) -> tuple[list[list[int]], Iterable[Tensor], list[int | None]]:
         """The new tokens of each row, the states that predicted them, and how many there were at a stop string."""
         device, eos = self.model.device, self._eos_token_ids()
+        if self.engine is not None:
+            return self.engine(prompts, eos, self.stop_strings, self.generation)
         pad = padding_token_id(self.tokenizer, eos)
         input_ids, attention_mask = left_padded(prompts, pad)
         stopping = _StopStrings(self.stop_strings, self.tokenizer, len(prompts), input_ids.shape[1])

@@ -19,7 +19,7 @@ from .processes import Processes, check_own
 from .prompts import stop_strings_of
 from .replay import Replay, given_answers, rewards_or_given
 from .rewards import RewardFunc, Rewards
-from .rollout_blocks import Collector
+from .rollout_blocks import AnswerEngine, Collector
 from .rollout_dataset import RolloutDataset
 from .rollout_settings import as_columns, check_counts, fingerprint_of, is_conversational, more_generation, sampling_of
 from .rollout_store import RolloutStore
@@ -47,6 +47,7 @@ def collect_rollouts(
     seed: int = 0,
     columns: Mapping[str, Sequence[Any]] | None = None,
     controller: Controller | None = None,
+    engine: AnswerEngine | None = None,
     generation_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> RolloutDataset:
@@ -103,6 +104,8 @@ def collect_rollouts(
         columns: further columns for the reward functions, each with a value for each prompt.
         controller: the control that the answers are written under, to improve it on its own answers; None is the model
             itself. The states are those before the edit.
+        engine: answers in place of the model's generate(): VllmAnswers(model), of serving/vllm_rollouts.py. None is the
+            model itself.
         generation_kwargs: more for generate(), plain JSON values.
         progress: show a bar.
 
@@ -135,7 +138,10 @@ def collect_rollouts(
         top_k=top_k,
         stop_strings=stop_strings,
         controller=controller,
+        engine=engine,
     )
+    if engine is not None and controller is not None:
+        raise ValueError("An engine answers without a controller. Leave one of the two out.")
     texts, extra = as_columns(prompts, columns)
     check_counts(num_return_sequences=num_return_sequences, block_size=block_size, max_new_tokens=max_new_tokens)
     if max_prompt_tokens is not None:
@@ -161,10 +167,10 @@ def collect_rollouts(
         reward_funcs = Rewards(reward_funcs, reward_weights, device=model.device)
     reward_funcs.check(conversational=is_conversational(texts, tokenizer))
     common = (model, tokenizer, reward_funcs, texts, extra, num_return_sequences, drop_truncated, stop, generation)
-    collector = Collector(*common, controller) if given is None else Replay(*common, given=given)
+    collector = Collector(*common, controller, engine) if given is None else Replay(*common, given=given)
     prompt_ids, token_ids_sha256 = collector.fitting(max_prompt_tokens)
     fingerprint = fingerprint_of(collector, token_ids_sha256, len(prompt_ids))
-    fingerprint |= {"block_size": block_size, "seed": seed}
+    fingerprint |= {"block_size": block_size, "seed": seed, **(engine.facts if engine is not None else {})}
     if max_prompt_tokens is not None:
         fingerprint["max_prompt_tokens"] = max_prompt_tokens
     _collect_together(collector, prompt_ids, output_dir, fingerprint, progress)
