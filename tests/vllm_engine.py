@@ -60,7 +60,7 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
         )
     )
     command = [sys.executable, __file__, str(job), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(**(variables or {})), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**(variables or {})), timeout=1200)
     if done.returncode or not result.exists():
         raise EngineError(done.stdout + done.stderr)
     return json.loads(result.read_text())
