@@ -77,9 +77,7 @@ def _timed(rows: Sequence[Row], time: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any], references: Sequence[Row] = ()) -> str:
     """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
-    rows = [
-        row | {"ms_per_token": 1000 * row["seconds_per_token"]} if "seconds_per_token" in row else row for row in rows
-    ]
+    rows = [{**row, **_milliseconds(row)} for row in rows]
     columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
     columns.append(("nats per answer", _nats))
     columns += [(name, lambda row, name=name: _gain(row[name])) for name in judges]  # type: ignore[misc]
@@ -102,6 +100,10 @@ def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any], 
     lines = [" | ".join(title for title, _ in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(row) for _, cell in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in lines) + "\n\n" + _notes(rows, judges, facts)
+
+
+def _milliseconds(row: Row) -> dict[str, float]:
+    return {"ms_per_token": 1000 * row["seconds_per_token"]} if "seconds_per_token" in row else {}
 
 
 def _nats(row: Row) -> str:

@@ -93,7 +93,8 @@ def _commit(
     """One commit, in the time that a slow line needs."""
     added = [CommitOperationAdd(name, content) for name, content in files.items()]
     seconds = DEADLINE_SECONDS + sum(map(len, files.values())) / SLOWEST_BYTES_PER_SECOND
-    return within(seconds, lambda: api.create_commit(repo_id, [*added, *stale], **how))
+    commit: CommitInfo = within(seconds, lambda: api.create_commit(repo_id, [*added, *stale], **how))
+    return commit
 
 
 def _card(api: HfApi, repo_id: str, revision: str) -> bytes:

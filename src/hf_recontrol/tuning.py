@@ -125,8 +125,9 @@ def _next(tried: list[tuple[float, float]], target: float, multiplier: float) ->
     if below and above and below[-1][0] < above[0][0]:
         (x, y), (other, other_y) = below[-1], above[0]
         share = math.log(target / y) / math.log(other_y / y)
-        return x * (other / x) ** min(max(share, 0.1), 0.9)
-    (x, y), (other, other_y) = (below[:-3:-1] or above)[:2] if len(below or above) > 1 else (below or above) * 2
+        return math.exp(math.log(x) + math.log(other / x) * min(max(share, 0.1), 0.9))
+    (x, y), *others = (below[:-3:-1] or above)[:2]
+    other, other_y = others[0] if others else (x, y)
     slope = 2.0 if x == other else min(max(math.log(other_y / y) / math.log(other / x), 0.5), 4.0)
     return x * math.exp(math.log(target / y) / slope)
 
