@@ -121,3 +121,10 @@ def test_the_guides_become_a_site_without_a_warning(tmp_path):
     api = (tmp_path / "guides" / "api" / "index.html").read_text(encoding="utf-8")
     missing = [name for name in hf_recontrol.__all__ if f'id="hf_recontrol.{name}"' not in api]
     assert not missing
+
+
+@pytest.mark.parametrize(("name", "file"), [("table", "table.md"), ("other", "other/table.md")])
+def test_the_tables_of_the_comparison_are_those_that_its_command_wrote(name, file):
+    text = (ROOT / "examples" / "guides" / "comparison.md").read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)[1]
+    assert shown == (ROOT / "examples" / "demo" / "comparison" / file).read_text(encoding="utf-8").strip()

@@ -33,7 +33,7 @@ NATS = (0.5, 1, 2, 4, 8)
 BEST_OF = (2, 4, 16)
 RUNS = (1, 2, 3)
 BATCH_SIZES = (1, 8, 16, 32)
-PICTURES = ("sweep", "time", "win_rate", "landscape", "answer")
+PICTURES = ("landscape", "answer")
 OTHER_PROMPTS = Path(__file__).with_name("other_prompts.jsonl")
 
 

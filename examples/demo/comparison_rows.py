@@ -24,6 +24,7 @@ MEANS = (
     "answers_cut",
     "answers_empty",
 )
+OF_HEADS = ("reference_kl", "reference_perplexity")
 SAME = ("method", "setting", "placebo", "kl_is_bound")
 
 
@@ -49,6 +50,7 @@ def rows_of_runs(scorers: Rewards, folders: list[Path]) -> tuple[list[dict[str, 
             raise ValueError(f"The runs differ in their rows: {sorted(map(_key, parts), key=str)}.")
         row: dict[str, Any] = {name: parts[0][name] for name in SAME} | {"runs": len(parts)}
         row |= {name: _mean([part[name] for part in parts]) for name in MEANS}
+        row |= {name: _mean([part[name] for part in parts]) for name in OF_HEADS if name in parts[0]}
         of_runs = [_gains(run[key], run["base", None]) for run in scores]
         gains[key] = {name: torch.stack([gain[name] for gain in of_runs]) for name in scorers.names}
         row |= {name: asdict(crossed_bootstrap(gain)) for name, gain in gains[key].items()}
