@@ -83,6 +83,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["hf-recontrol", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
             main()
+        torch.set_num_threads(1)  # `demo` takes what the machine has, and later tests fork
         printed, error = capsys.readouterr()
         assert exited.value.code == status, error
         return error if status else printed

@@ -342,7 +342,10 @@ def test_a_trace_of_a_control_head_is_shown_by_its_kl_and_never_says_nan(model):
         for tooltip, norm, kl, capped in zip(
             tooltips, *(x.flatten().tolist() for x in (trace.control_norms, trace.kl, trace.capped)), strict=True
         ):
-            assert tooltip == [f"‖u‖ {norm:.3g}", f"KL {kl:.3g} nats", *["at the cap"] * capped]
+            *numbers, base = tooltip[:3]
+            assert numbers == [f"‖u‖ {norm:.3g}", f"KL {kl:.3g} nats"]
+            assert base.startswith("likeliest without control: ")
+            assert tooltip[3:] == ["at the cap"] * capped
     assert f"mean KL {float(trace.kl[0].mean()):.3g} nats per token" in str(show(trace))
 
 

@@ -87,6 +87,7 @@ class Child:
     @staticmethod
     def _work(kind, folder, blocks, process, size, gate, pipe):
         status = 1
+        torch.set_num_threads(1)  # OpenMP's other threads were not forked: to wait for them would be for ever
         try:
             store = kind(folder, process)
             there = set(store.committed) if size == 1 else {line.block for line in read_folder(folder)[1]}

@@ -35,6 +35,8 @@ class Plan:
     """By name: what CD prefix scores with, in place of the first value head."""
     skip: frozenset[str] = frozenset()
     """Names of rows to leave out."""
+    fitted: dict[str, Head] = field(default_factory=dict)
+    """Further heads, which the comparison makes by itself; see fitted_heads."""
 
     def with_fitted(self, heads: dict[str, Head]) -> "Plan":
         """With the heads that the comparison makes by itself.
@@ -44,7 +46,7 @@ class Plan:
         """
         if taken := sorted(heads.keys() & self.heads.keys()):
             raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
-        return replace(self, heads=self.heads | heads)
+        return replace(self, fitted=heads)
 
     def entries(self, strengths: Strengths) -> Iterator[Entry]:
         """All but the base model; strengths are found as they are needed."""
@@ -87,7 +89,7 @@ class Plan:
 
     def families(self) -> Iterator[tuple[str, Family, float]]:
         """Name, methods by strength, and a first guess of it."""
-        for name, head in self.heads.items():
+        for name, head in (self.heads | self.fitted).items():
             start = float(getattr(head.config.control, head.config.control.multiplier)) or 1.0  # 0: tuned not to steer
             yield name, steered_by(head, name), start
         first = next(iter(self.heads.items()), None)
