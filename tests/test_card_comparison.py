@@ -36,8 +36,8 @@ def cells(lines):
 def test_the_table_has_the_heads_rows_and_what_they_are_measured_by():
     title, *rows = cells(comparison_lines(INFO))
     assert title == ["method", "judge", "reward", "nats an answer", "perplexity"]
-    assert [line[0] for line in rows] == ["best-of-4", "mine, 1 nats", "mine, 4 nats", "random direction, 4 nats †"]
-    assert rows[0][1:] == ["+0.50 [+0.25, +0.75]"] * 2 + ["≤ 0.64", "1.500 ×"]
+    assert [line[0] for line in rows] == ["mine, 1 nats", "mine, 4 nats", "best-of-4", "random direction, 4 nats †"]
+    assert rows[2][1:] == ["+0.50 [+0.25, +0.75]"] * 2 + ["≤ 0.64", "1.500 ×"]
     assert rows[-1][-1] == ""  # not a number
     assert "over 40 prompts of `user/prompts, test`" in comparison_lines(INFO)[0]
 

@@ -217,6 +217,26 @@ def answers_of(folder, name):
     return (folder / "answers" / f"{name}.jsonl").read_text().splitlines()[1:]
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--nats", 0), "expected are KLs per answer, each > 0"),
+        (("--best-of", 2), "['best-of-2'] are names of several rows"),
+        (("--checkpoint", "prompting={model}"), "['prompting'] are names of several rows"),
+        (("--head", "CD (ARGS)={head}"), "['CD (ARGS)'] are names of several rows"),
+        (("--head", "re control={head}"), "['RE-Control', 're control'] are names of several rows"),
+        (("--skip", "RE-Controll"), "--skip names ['RE-Controll']"),
+    ],
+)
+def test_options_that_make_no_table_are_refused_before_anything_is_generated(
+    command, files, given, tmp_path, extra, words
+):
+    extra = [str(part).format(model=files.model, head=files.head) for part in extra]
+    error = command("evaluate", *given, *extra, "--output-dir", tmp_path, status=2)
+    assert words in error
+    assert not (tmp_path / "answers").exists()
+
+
 def test_cards_are_written_into_folders_only(command, given, tmp_path):
     more = ("--head", "far=user/head", "--cards", "--output-dir", tmp_path)
     assert "--cards writes into folders of heads, and ['user/head'] are none" in command(

@@ -62,9 +62,8 @@ def files(hub, tmp_path, monkeypatch):
     for name in ("prompts.jsonl", "prompts/train.jsonl", "prompts/test.jsonl"):
         (tmp_path / name).write_text(lines, encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    (tmp_path / "rewards.py").write_text(
-        "def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n"
-    )
+    (tmp_path / "rewards.py").write_text(REWARD)
+    (tmp_path / "judge.py").write_text(REWARD.replace("def reward", "def judge"))
     (tmp_path / "path" / "to").mkdir(parents=True)
     head = Demo().head("value_head")
     head.config.base_model_name_or_path = None  # a folder has no place in a card

@@ -1,7 +1,6 @@
 """Who is above whom in a comparison, in sentences with intervals: the differences, and where best-of-n is met."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,4 +65,4 @@ def _met(points: Sequence[Row], gain: float) -> str:
     for (x, low), (more, high) in itertools.pairwise(sorted(places)):
         if low <= gain <= high and high > low:
             return f"{x + (more - x) * (gain - low) / (high - low):.1f}"
-    return f"not by {max(x for x, _ in places):.1f}" if math.isfinite(gain) else "?"
+    return f"not by {max(x for x, _ in places):.1f}"

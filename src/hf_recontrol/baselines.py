@@ -91,6 +91,12 @@ class Steered(Method):
     def answer(self, sampler: Sampler, prompts: Sequence[Text], n: int = 1) -> Answers:
         return sampler(prompts, head=self.head, config=self.config, num_return_sequences=n)
 
+    def facts(self) -> dict[str, Any]:
+        """With the whole control, what the head's config says included."""
+        assert self.head is not None  # see __post_init__
+        whole = (self.config or ControlConfig()).over_heads([self.head.config.control])
+        return super().facts() | {"config": asdict(whole)}
+
 
 @dataclass
 class Checkpoint(Method):

@@ -34,6 +34,7 @@ def comparison_info(
         for row in rows
         if row["method"] == name or row["setting"] is None or (row["placebo"] and row["setting"] == strongest)
     ]
+    kept.sort(key=lambda row: row["method"] != name)  # its own first: a card shows so many rows at most
     return {
         "method": name,
         "judges": list(judges),

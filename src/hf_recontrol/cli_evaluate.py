@@ -50,7 +50,7 @@ def evaluate(
     ] = None,
     prefix_scorer: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=HEAD", help="A value head for CD prefix, in place of the first --head. Repeat it."),
+        typer.Option(metavar="NAME=HEAD", help="A value head for CD prefix, not the first value head. Repeat it."),
     ] = None,
     checkpoint: Annotated[
         list[str] | None,
@@ -84,8 +84,8 @@ def evaluate(
     other_prompts: Annotated[
         str | None,
         typer.Option(
-            help="A dataset of another kind: a second table, at the same strengths, and what heads do to the texts in "
-            'its column "completion", or else to the base model\'s answers.'
+            help="A dataset of another kind, its split train, so many prompts as of --limit: a second table, at the "
+            'same strengths, and what heads do to its column "completion", or else to the base model\'s answers.'
         ),
     ] = None,
     answers: Annotated[int, typer.Option(min=1, help="To each prompt by each method.")] = 1,
@@ -122,24 +122,31 @@ def evaluate(
         warn_if_trained_by(trained, one)
     better = ChatJudge(chat_judge, chat_judge_url) if chat_judge is not None else next(iter(judges.values()), rewards)
     coherence = None if encoder is None else Coherence(encoder, device=language.device)
+    targets = sorted(set(nats or [1.0, 4.0]))
     plan = plan.with_fitted(fitted_heads(rollouts, language, seed))
+    plan.check(targets)
     sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed)
     names = [*judges, "reward"]
-    facts: dict[str, Any] = {"model": model, "dataset": f"{dataset}, {split}", "reward": rewards.names[0]}
+    facts: dict[str, Any] = {"model": _named(model), "dataset": f"{_named(dataset)}, {split}"}
+    facts["reward"] = rewards.names[0]
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward", "seed": seed}
+    facts["win rate by"] = chat_judge or next(iter(judges.values()), rewards).names[0]
     with ends_at_sigterm():
         tuned = Comparison(sampler, tuned_on, output_dir / "tuning")
-        strengths = Strengths(tuned, output_dir / "strengths.json", sorted(nats or [1.0, 4.0]))
+        strengths = Strengths(tuned, output_dir / "strengths.json", targets)
         run = Run(plan, strengths, {**judges, "reward": rewards}, better, coherence)
         rows = run.rows(Comparison(sampler, tested_on, output_dir, answers=answers))
         more = run.more(tuned, sweep=sweep, batch_sizes=batch_sizes or [])
         typer.echo(write_report(rows, output_dir, judges=names, facts=facts, more=more, figures=plots))
-        noted = {name: comparison_info(name, rows, names, facts) for name in folders}
+        noted = {name: comparison_info(name, rows, names, facts) for name in folders if name not in plan.skip}
         if others is not None:
             references = list(others["completion"]) if "completion" in others.column_names else None
             comparison = Comparison(sampler, list(others["prompt"]), output_dir / OTHER, answers=answers)
             rows = run.rows_of_others(comparison, references)
-            facts |= {"dataset": str(other_prompts), "strengths chosen on": f"{dataset}, {tuning_split or split}"}
+            facts |= {
+                "dataset": _named(str(other_prompts)),
+                "strengths chosen on": f"{_named(dataset)}, {tuning_split or split}",
+            }
             typer.echo(write_report(rows, output_dir / OTHER, judges=names, facts=facts, figures=plots))
             for name, info in noted.items():
                 info["other"] = comparison_info(name, rows, names, facts)
@@ -153,9 +160,16 @@ def evaluate(
         trace_figure(trace, 0, tokenizer).savefig(output_dir / "answer.png", dpi=100)
 
 
+def _named(reference: str) -> str:
+    """A Hub id as it is; of a path the last part, since a card goes to others."""
+    return Path(reference).name if Path(reference).exists() else reference
+
+
 def _folders(head: list[str] | None) -> dict[str, Path]:
     """Where the named heads are."""
     folders = {name: Path(ref) for name, ref in named_heads(head or [], "--head").items()}
+    if not folders:
+        raise ValueError("--cards is for the cards of heads, and none is given. Pass --head NAME=FOLDER too.")
     if elsewhere := [str(folder) for folder in folders.values() if not folder.is_dir()]:
         raise ValueError(f"--cards writes into folders of heads, and {elsewhere} are none. Save them, or leave it out.")
     return folders

@@ -223,4 +223,4 @@ def _perplexity(answered: Answered) -> float:
 
 def slug(label: str) -> str:
     """A file's name for an entry's label."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
+    return re.sub(r"[^\w.]+", "-", label.lower()).strip("-")

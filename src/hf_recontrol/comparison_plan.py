@@ -1,13 +1,14 @@
 """Which methods a comparison has: the paper's, as far as heads, checkpoints and rollouts are given, and placebos."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .baselines import ARGS, Base, BestOfN, Blockwise, Checkpoint, Method, PrefixScorer, Prompted
 from .calibration import calibrate, sample_states
-from .comparison import Entry
+from .comparison import Entry, slug
 from .comparison_heads import ShuffledRewards, fit_static_head, random_direction
 from .fitting import fit_linear_head
 from .head import Head
@@ -47,6 +48,24 @@ class Plan:
         if taken := sorted(heads.keys() & self.heads.keys()):
             raise ValueError(f"--head names {taken}, which the comparison makes by itself. Give yours other names.")
         return replace(self, fitted=heads)
+
+    def check(self, targets: Sequence[float]) -> None:
+        """Refuse, before anything is generated, names that two rows would share and numbers that are none of a KL.
+
+        Raises:
+            ValueError: says which.
+        """
+        if not all(0 < target < math.inf for target in targets):
+            raise ValueError(f"--nats are {list(targets)}; expected are KLs per answer, each > 0.")
+        names = ["base", *(method.name for method in self.fixed()), *(name for name, *_ in self.families())]
+        files = [slug(name) for name in names]
+        if twice := sorted({name for name, file in zip(names, files, strict=True) if files.count(file) > 1}):
+            raise ValueError(
+                f"{twice} are names of several rows, or would share a file. Give each --head, --checkpoint and "
+                "--prefix-scorer a name of its own, and each --best-of once."
+            )
+        if unknown := sorted(self.skip - set(names)):
+            raise ValueError(f"--skip names {unknown}, but the rows are {names}.")
 
     def entries(self, strengths: Strengths) -> Iterator[Entry]:
         """All but the base model; strengths are found as they are needed."""

@@ -75,7 +75,7 @@ def _timed(rows: Sequence[Row], time: Sequence[Row]) -> list[Row]:
     return [{**row, "seconds_per_token": seconds[row["method"]]} for row in known if row["method"] in seconds]
 
 
-def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any], references: Sequence[Row] = ()) -> str:
+def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) -> str:
     """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
     rows = [{**row, **_milliseconds(row)} for row in rows]
     columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
@@ -135,12 +135,12 @@ def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any])
         f"{' and '.join(judges)}: gain over base in standard deviations of its answers, with the 95 % interval of a "
         f"bootstrap over {over}. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
         "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
-        "Diversity: of the first 20 words. Forwards: rows of a model for each token."
+        "Diversity: of the first 20 words. Length: in tokens. Forwards: rows of a model for each token."
     )
     if any("seconds_per_token" in row for row in rows) and "ms per token" not in facts:
         columns += " ms per token: of all answers together, in batches; of CD with the measuring of its KL."
     if any(row.get("win_rate") for row in rows):
-        columns += " Win rate: over base, a tie as half a win."
+        columns += " Win rate: of the first answer to each prompt over base's, a tie as half a win."
     if any("reference_kl" in row for row in rows):
         columns += " Given texts: not written by the method; KL in nats a token, perplexity over that without the head."
     if any(row["placebo"] for row in rows):

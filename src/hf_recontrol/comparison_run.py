@@ -40,7 +40,7 @@ class Run:
         for entry in _counted(self.plan.entries(self.strengths)):
             answered = comparison.answered(entry)
             row = figures(answered, base, self.scorers, coherence=self.coherence)
-            rows.append(row | {"win_rate": win_rate_over(base, answered, self.better, comparison.folder)})
+            rows.append(row | {"win_rate": win_rate_over(answered, base, self.better, comparison.folder)})
         return rows
 
     def rows_of_others(self, comparison: Comparison, references: Sequence[Text] | None = None) -> list[Row]:

@@ -14,9 +14,10 @@ from .judging import Scores, WinRate, win_rate
 from .rewards import Rewards, Text
 
 Cell = dict[str, Any]
+CELL = ("mean", "low", "high", "n", "ties", "unparsable", "order_disagreement")
 
 
-def win_rate_over(base: Answered, answered: Answered, judge: Rewards | ChatJudge, folder: str | Path) -> Cell:
+def win_rate_over(answered: Answered, base: Answered, judge: Rewards | ChatJudge, folder: str | Path) -> Cell:
     """How often a method's answers beat the base model's to the same prompts, the first answer to each.
 
     Args:
@@ -52,7 +53,7 @@ def _known(file: Path, asked: dict[str, Any]) -> Cell | None:
         text = file.read_text(encoding="utf-8")
     try:
         kept = json.loads(text)
-        found = dict(kept["win_rate"])
+        found = {name: kept["win_rate"][name] for name in CELL}
         return found if kept["asked"] == asked else None
     except (ValueError, KeyError, TypeError) as error:
         raise CollectError(f"{file} is damaged ({error}). Delete it, and the judge is asked again.") from error
