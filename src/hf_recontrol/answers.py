@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from .reward_models import Text
 
@@ -84,3 +84,19 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row whose text holds a stop string, and keeps how many tokens it then had in `lengths`, else None."""
+
+    def __init__(self, stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: int, prompt_tokens: int):
+        self.stop_strings, self.tokenizer, self.prompt_tokens = stop_strings, tokenizer, prompt_tokens
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        for row, ids in enumerate(input_ids[:, self.prompt_tokens :].tolist()):
+            if self.lengths[row] is None:
+                text = self.tokenizer.decode(ids)  # with special tokens: one may be a stop string
+                if any(stop in text for stop in self.stop_strings):
+                    self.lengths[row] = len(ids)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

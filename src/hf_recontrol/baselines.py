@@ -236,7 +236,8 @@ class Blockwise(Method):
             for i, candidates in zip(open_, found, strict=True):
                 values = self._values(sampler, [beginnings[i] + answers[i] + new for new in candidates], eos)
                 answers[i] = answers[i] + candidates[int(values.argmax())]
-            open_ = [i for i in open_ if answers[i] and answers[i][-1] not in eos]
+            ended = [i for i in open_ if not answers[i] or answers[i][-1] in eos or sampler.has_stopped(answers[i])]
+            open_ = [i for i in open_ if i not in ended]
         return [sampler.row(prompt, ids) for prompt, ids in zip(prompts, answers, strict=True)]
 
     def _values(self, sampler: Sampler, texts: list[list[int]], eos: list[int]) -> Tensor:

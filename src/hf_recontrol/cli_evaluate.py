@@ -1,6 +1,7 @@
 """hf-recontrol evaluate: the methods of the paper's table on one model, one dataset and one reward."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from .figure_style import new_figure
 from .figures import landscape_figure, trace_figure
 from .head import Head
 from .judging import warn_if_trained_by
-from .prompts import load_prompts
+from .prompts import load_prompts, stop_strings_of
 from .rewards import Rewards, Text
 from .sampling import Sampler
 from .tuning import Strengths
@@ -112,7 +113,7 @@ def evaluate(
     if plots:
         new_figure(1, 1)  # without matplotlib it says how to get it, before anything is computed
     folders = _folders(head) if cards else {}
-    tuned_on, tested_on = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
+    (tuned_on, tested_on), ends = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
     others = None if other_prompts is None else load_prompts(other_prompts, split="train", limit=limit, seed=seed)
     language, tokenizer = language_model(model, dtype=dtype.value)
     rewards, *judging = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
@@ -125,7 +126,7 @@ def evaluate(
     targets = sorted(set(nats or [1.0, 4.0]))
     plan = plan.with_fitted(fitted_heads(rollouts, language, seed))
     plan.check(targets)
-    sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed)
+    sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed, stop_strings=ends)
     names = [*judges, "reward"]
     facts: dict[str, Any] = {"model": _named(model), "dataset": f"{_named(dataset)}, {split}"}
     facts["reward"] = rewards.names[0]
@@ -141,7 +142,8 @@ def evaluate(
         noted = {name: comparison_info(name, rows, names, facts) for name in folders if name not in plan.skip}
         if others is not None:
             references = list(others["completion"]) if "completion" in others.column_names else None
-            comparison = Comparison(sampler, list(others["prompt"]), output_dir / OTHER, answers=answers)
+            ended = replace(sampler, stop_strings=stop_strings_of(others))
+            comparison = Comparison(ended, list(others["prompt"]), output_dir / OTHER, answers=answers)
             rows = run.rows_of_others(comparison, references)
             facts |= {
                 "dataset": _named(str(other_prompts)),
@@ -199,15 +201,17 @@ def _plan(
 
 def _prompts(
     dataset: str, split: str, limit: int, tuning_split: str | None, tuning_prompts: int, seed: int
-) -> tuple[list[Text], list[Text]]:
-    """Those that strengths are chosen on, and those that are tested."""
+) -> tuple[tuple[list[Text], list[Text]], tuple[str, ...]]:
+    """Those that strengths are chosen on, and those that are tested; and what ends answers to them."""
     if tuning_split is not None and tuning_split != split:
-        tuned_on = load_prompts(dataset, split=tuning_split, limit=tuning_prompts, seed=seed)["prompt"]
-        return list(tuned_on), list(load_prompts(dataset, split=split, limit=limit, seed=seed)["prompt"])
-    prompts = list(load_prompts(dataset, split=split, limit=limit + tuning_prompts, seed=seed)["prompt"])
+        tuned_on = load_prompts(dataset, split=tuning_split, limit=tuning_prompts, seed=seed)
+        tested_on = load_prompts(dataset, split=split, limit=limit, seed=seed)
+        return (list(tuned_on["prompt"]), list(tested_on["prompt"])), stop_strings_of(tested_on)
+    loaded = load_prompts(dataset, split=split, limit=limit + tuning_prompts, seed=seed)
+    prompts = list(loaded["prompt"])
     if len(prompts) < tuning_prompts + 2:
         raise ValueError(
             f"{dataset} has {len(prompts)} prompts in {split!r}; expected are {tuning_prompts} to choose strengths on "
             "and two or more to test on. Lower --tuning-prompts, or name another --split or --tuning-split."
         )
-    return prompts[:tuning_prompts], prompts[tuning_prompts:]
+    return (prompts[:tuning_prompts], prompts[tuning_prompts:]), stop_strings_of(loaded)

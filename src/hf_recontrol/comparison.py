@@ -86,6 +86,7 @@ class Comparison:
             "prompts_sha256": sha256_of(json.dumps(prompt, sort_keys=True) for prompt in self.prompts),
             "generation": {**sampler.generation, "model_defaults": generation_defaults(sampler.model)},
             "sampling": [sampler.max_new_tokens, sampler.batch_size, sampler.seed, sampler.instruction],
+            "stop_strings": list(sampler.stop_strings),
             "answers": answers,
         }
 

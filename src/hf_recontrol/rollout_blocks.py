@@ -15,11 +15,10 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from .answers import end_of_answer, eos_token_ids, left_padded, padding_token_id, prompt_token_ids
+from .answers import StopStrings, end_of_answer, eos_token_ids, left_padded, padding_token_id, prompt_token_ids
 from .config_checks import shown
 from .control import Controller
 from .errors import CollectError
@@ -194,7 +193,7 @@ class Collector:
             return self.engine(prompts, eos, self.stop_strings, self.generation)
         pad = padding_token_id(self.tokenizer, eos)
         input_ids, attention_mask = left_padded(prompts, pad)
-        stopping = _StopStrings(self.stop_strings, self.tokenizer, len(prompts), input_ids.shape[1])
+        stopping = StopStrings(self.stop_strings, self.tokenizer, len(prompts), input_ids.shape[1])
         sequences, hidden_states = generate_with_hidden_states(
             self.model,
             input_ids=input_ids.to(device),
@@ -219,19 +218,3 @@ class _Samplable(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Any) -> Any:
         sound = scores.amax(-1, keepdim=True).isfinite()  # −∞ is a token that was ruled out
         return torch.where(sound, scores, 0.0)
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends a row whose text holds a stop string, and keeps how many tokens it then had."""
-
-    def __init__(self, stop_strings: list[str], tokenizer: PreTrainedTokenizerBase, rows: int, prompt_tokens: int):
-        self.stop_strings, self.tokenizer, self.prompt_tokens = stop_strings, tokenizer, prompt_tokens
-        self.lengths: list[int | None] = [None] * rows
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        for row, ids in enumerate(input_ids[:, self.prompt_tokens :].tolist()):
-            if self.lengths[row] is None:
-                text = self.tokenizer.decode(ids)  # with special tokens: one may be a stop string
-                if any(stop in text for stop in self.stop_strings):
-                    self.lengths[row] = len(ids)
-        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)

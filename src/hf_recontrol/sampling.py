@@ -8,9 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from .answers import (
+    StopStrings,
     end_of_answer,
     eos_token_ids,
     evaluating,
@@ -101,6 +108,8 @@ class Sampler:
     """More for generate(). The default is the model's own softmax, of which the KL is measured."""
     meters: bool = True
     """Whether what a processor spends is measured, which costs time."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end an answer, as EOS does; they are among its tokens, and not in its text."""
     instruction: str = ""
     """What the model reads in front of each prompt; of a message list at the beginning of its system message. Rows and
     rewards do not see it."""
@@ -127,9 +136,9 @@ class Sampler:
 
         Returns:
             For each prompt, in order, its answers: {"prompt", "completion", "token_ids" (EOS included, no padding),
-            "finish_reason": "eos", "length" where it was cut, or "empty" where it is EOS alone}; with a processor,
-            unless `meters` is False, also "kl": of each token, KL(p ‖ p_base) in nats, p_base what the model gives
-            without the processor and without the instruction.
+            "finish_reason": "eos", "stop", "length" where it was cut, or "empty" where it is EOS alone}; with a
+            processor, unless `meters` is False, also "kl": of each token, KL(p ‖ p_base) in nats, p_base what the model
+            gives without the processor and without the instruction.
         """
         rows: list[list[Row]] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -175,6 +184,8 @@ class Sampler:
         pad = padding_token_id(self.tokenizer, eos)
         input_ids, attention_mask = (tensor.to(model.device) for tensor in left_padded(token_ids, pad))
         defaults = {"eos_token_id": eos or None, "max_new_tokens": self.max_new_tokens, "recontrol_value_head": False}
+        rows, read = len(input_ids) * num_return_sequences, input_ids.shape[1]
+        stopping = StopStrings(self.stop_strings, self.tokenizer, rows, read)
         number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
         with enabled(model), evaluating(model), seeded(model.device.type, number):
             sequences = model.generate(  # type: ignore[operator]
@@ -183,9 +194,12 @@ class Sampler:
                 pad_token_id=pad,
                 num_return_sequences=num_return_sequences,
                 logits_processor=LogitsProcessorList(processors(input_ids, attention_mask)),
+                stopping_criteria=StoppingCriteriaList([stopping] if self.stop_strings else []),
                 **(defaults | self.generation | options),
             )
-        new = [ids[: end_of_answer(ids, eos)[0]] for ids in sequences[:, input_ids.shape[1] :].tolist()]
+        generated = sequences[:, read:].tolist()
+        stopped = [ids[:length] for ids, length in zip(generated, stopping.lengths, strict=True)]
+        new = [ids[: end_of_answer(ids, eos)[0]] for ids in stopped]
         return [new[i : i + num_return_sequences] for i in range(0, len(new), num_return_sequences)]
 
     def _metered(
@@ -202,6 +216,11 @@ class Sampler:
         ids = [prompt_token_ids(self.tokenizer, prompt) for prompt in batch.prompts]
         plain = left_padded(ids, padding_token_id(self.tokenizer, self.eos_token_ids))
         return _InstructedMeter(processor(batch), self.model, batch, plain)
+
+    def has_stopped(self, token_ids: list[int]) -> bool:
+        """Whether an answer's text holds a stop string."""
+        text = str(self.tokenizer.decode(token_ids)) if self.stop_strings else ""
+        return any(stop in text for stop in self.stop_strings)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -221,8 +240,10 @@ class Sampler:
         return prompt_token_ids(self.tokenizer, [{"role": "system", "content": self.instruction}, *prompt])
 
     def row(self, prompt: Text, token_ids: list[int]) -> Row:
-        """{"prompt", "completion", "token_ids", "finish_reason": "eos", "length", or "empty" of EOS alone}."""
+        """{"prompt", "completion", "token_ids", "finish_reason": "eos", "stop", "length", or "empty" of EOS alone}."""
         text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         _, finish_reason = end_of_answer(token_ids, self.eos_token_ids)
+        if ends := [text.find(stop) for stop in self.stop_strings if stop in text]:
+            text, finish_reason = text[: min(ends)], "stop"
+        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         return {"prompt": prompt, "completion": completion, "token_ids": token_ids, "finish_reason": finish_reason}
