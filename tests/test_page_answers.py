@@ -39,11 +39,11 @@ def test_an_answer_grows_token_by_token(answerer):
     assert all(part.token_ids[0].tolist() == ids[: part.token_ids.shape[1]] for part in parts)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
 def test_the_answer_is_that_of_generate(answerer, temperature):
     trace = whole(answerer, asked("value", multiplier="2", num_steps="3", seed=4, temperature=temperature))
     inputs = answerer.tokenizer("w5 w6 w7", return_tensors="pt")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     torch.manual_seed(4)
     output = answerer.model.generate(
         inputs["input_ids"],
@@ -88,6 +88,15 @@ def test_the_random_state_is_left_alone(answerer):
     state = torch.get_rng_state()
     whole(answerer, asked())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_answer_that_is_stopped_ends_as_if_whole(answerer):
+    stop = threading.Event()
+    hook = answerer.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    for trace in answerer.answer(asked(max_new_tokens=120), stop):  # noqa: B007
+        stop.set()
+    hook.remove()
+    assert 0 < trace.token_ids.shape[1] < 60
 
 
 def test_closing_an_answer_ends_its_generation_and_the_next_one_comes(answerer):

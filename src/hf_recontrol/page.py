@@ -1,7 +1,9 @@
 """The page: a prompt answered without and with control, side by side, its tokens coloured by value."""
 
 import html
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +86,19 @@ def build_page(model: Any, tokenizer: Any, heads: Mapping[str, Head], examples: 
             "trigger_mode": "always_last",
             "concurrency_id": "model",  # one at a time, whoever asks
         }
+        recolouring: dict[str, Any] = {
+            "fn": view.recolour,
+            "inputs": [by, kept],
+            "outputs": [legend, *answers],
+            "show_progress": "hidden",
+        }
         asked = [gr.on([go.click, prompt.submit, strength.release], **asking)]
         changed = head.input(view.controls, head, [strength, *advanced[:2]], show_progress="hidden")
         asked.append(changed.then(**asking))
-        stop.click(view.recolour, [by, kept], [legend, *answers], show_progress="hidden", cancels=asked)
-        by.input(view.recolour, [by, kept], [legend, *answers], show_progress="hidden")
+        for event in asked:
+            event.then(**recolouring)  # the colours may have been chosen anew meanwhile
+        stop.click(view.stop, kept, queue=False)
+        by.input(**recolouring)
     return page
 
 
@@ -185,6 +195,8 @@ class _Kept:
     """Of a whole base answer, what was asked for it: asked again, it is not generated again."""
     traces: list[Trace]
     """Of the base answer, then of the steered one, as far as they have come."""
+    stop: threading.Event
+    """Set, it ends the generation."""
 
 
 class _View:
@@ -196,19 +208,23 @@ class _View:
 
     def answer(self, by: str, kept: _Kept | None, *typed: Any) -> Iterator[list[Any]]:
         """Both answers as they grow: [refusal, legend, base, steered, plot, what is kept]."""
-        asked = Asked(*typed)
+        asked, stop = Asked(*typed), threading.Event()
         try:
             self._answerer.checked(asked)  # all of it, before the base answer is made
             plain = self._answerer.plain(asked)
-            if kept is not None and kept.plain == plain:
-                base = kept.traces[0]
-            else:
-                for base in self._answerer.answer(plain):
-                    yield self._shown(by, _Kept(asked, None, [base]))
-            for steered in self._answerer.answer(asked):
-                both = _Kept(asked, plain, [base, steered])
-                yield self._shown(by, both)
-            yield [self._gr.HTML(visible=False), *self._texts(by, both), self._plot(both), both]
+            whole = kept.traces[:1] if kept is not None and kept.plain == plain else []
+            shown = _Kept(asked, plain if whole else None, whole, stop)
+            yield [self._gr.HTML(visible=False), *[self._gr.skip()] * 4, shown]
+            for question in (plain, asked)[len(whole) :]:
+                with closing(self._answerer.answer(question, stop)) as parts:
+                    for part in parts:
+                        shown = _Kept(asked, plain if whole else None, [*whole, part], stop)
+                        yield [self._gr.skip(), *self._texts(by, shown, growing=True), self._gr.skip(), shown]
+                if stop.is_set():
+                    break
+                whole = shown.traces
+            plot = self._plot(shown) if len(shown.traces) == 2 else self._gr.skip()
+            yield [self._gr.skip(), *self._texts(by, shown), plot, shown]
         except REFUSALS as error:
             text = f'<div class="refusal">{html.escape(str(error))}</div>'
             yield [self._gr.HTML(text, visible=True), *[self._gr.skip()] * 5]
@@ -217,15 +233,19 @@ class _View:
         """The same answers in other colours: [legend, base, steered]."""
         return [self._gr.skip()] * 3 if kept is None else self._texts(by, kept)
 
+    def stop(self, kept: _Kept | None) -> None:
+        """End what is being answered; it ends as if whole, so nothing comes after what is shown then."""
+        if kept is not None:
+            kept.stop.set()
+
     def controls(self, name: str) -> list[Any]:
         """What a head can be told: [strength, multiplier, number of steps]."""
         head = self._answerer.heads[name]
         return [_strength(self._gr, head), _multiplier(self._gr, head), _num_steps(self._gr, head)]
 
-    def _shown(self, by: str, kept: _Kept) -> list[Any]:
-        return [self._gr.HTML(visible=False), *self._texts(by, kept, growing=True), self._gr.skip(), kept]
-
-    def _texts(self, by: str, kept: _Kept, *, growing: bool = False) -> list[str]:
+    def _texts(self, by: str, kept: _Kept, *, growing: bool = False) -> list[Any]:
+        if not kept.traces:
+            return [self._gr.skip()] * 3
         trace = side_by_side(kept.traces)
         by = "kl" if by in VALUES and bool(trace.values.isnan().all()) else by
         shown, watching = show(trace, self._answerer.tokenizer, by=by), self._answerer.plain(kept.asked).head

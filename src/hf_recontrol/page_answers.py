@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -142,25 +142,26 @@ class Answerer:
         asked.check_sampling()
         return self._controller(asked), self._prompt(asked)
 
-    def answer(self, asked: Asked) -> Iterator[Trace]:
+    def answer(self, asked: Asked, stop: threading.Event | None = None) -> Generator[Trace, None, None]:
         """One answer, as a trace of the tokens that there are so far, again and again until it is whole.
 
-        Closing the iterator ends the generation within one token.
+        Closing the generator ends the generation within one token, and so does `stop`, from another thread.
 
         Raises:
             ValueError: what was asked for cannot be had; before anything is generated.
             SteeringNotApplied: the model passed the hooks by.
         """
         controller, prompt = self.checked(asked)
-        recorder, tokens, stop = TraceRecorder(_still(self.watching(asked.head))), _Tokens(), threading.Event()
-        work = self._worker.submit(self._generate, asked, prompt, controller, recorder, tokens, stop)
+        recorder, tokens, closed = TraceRecorder(_still(self.watching(asked.head))), _Tokens(), threading.Event()
+        ends = [closed] if stop is None else [closed, stop]
+        work = self._worker.submit(self._generate, asked, prompt, controller, recorder, tokens, ends)
         work.add_done_callback(lambda _: tokens.put_end())
         try:
             for ids in tokens.so_far():
                 yield recorder.trace(torch.tensor([ids]), torch.tensor([len(ids)]))
             work.result()
         finally:
-            stop.set()
+            closed.set()
             work.cancel()
 
     def _controller(self, asked: Asked) -> Controller:
@@ -187,14 +188,15 @@ class Answerer:
         controller: Controller,
         recorder: TraceRecorder,
         streamer: "_Tokens",
-        stop: threading.Event,
+        ends: list[threading.Event],
     ) -> None:
         ids = torch.tensor([prompt], device=self.model.device)
-        sampling = {"do_sample": True, "temperature": asked.temperature} if asked.temperature else {"do_sample": False}
-        ends = eos_token_ids(self.model, self.tokenizer, {})
+        temperature = float(asked.temperature or 0)  # a whole one is refused by transformers
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        eos = eos_token_ids(self.model, self.tokenizer, {})
 
         def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+            return torch.full((len(input_ids),), any(end.is_set() for end in ends), device=input_ids.device)
 
         with seeded(self.model.device.type, int(asked.seed or 0)):
             generate_recorded(
@@ -204,8 +206,8 @@ class Answerer:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=int(asked.max_new_tokens or 0),
-                eos_token_id=ends or None,
-                pad_token_id=padding_token_id(self.tokenizer, ends),
+                eos_token_id=eos or None,
+                pad_token_id=padding_token_id(self.tokenizer, eos),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([stopped]),
                 **sampling,
