@@ -245,7 +245,8 @@ def checked_token(token: str | bool | None) -> str | bool | None:
 def within(seconds: float, function: Callable[[], Result]) -> Result:
     """function(), or TimeoutError after `seconds`. The Hub library retries a hung server for minutes.
 
-    It runs in a daemon thread, which is left behind at the deadline: it can only complete the cache.
+    It runs in a daemon thread, which is left behind at the deadline: a download may still complete the cache, and a
+    push may still arrive.
     """
     future: Future[Result] = Future()
 

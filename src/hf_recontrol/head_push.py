@@ -73,7 +73,8 @@ def push_files(
             parent_commit=there.sha,  # a push by somebody else in between is an error, not overwritten
         )
     except HUB_FAILURES as error:
-        raise unavailable(error, f"The head was not pushed to {shown(repo_id)}: it", repo_id) from error
+        late = " (it may still arrive: look before you push again)" if isinstance(error, TimeoutError) else ""
+        raise unavailable(error, f"The head was not pushed to {shown(repo_id)}{late}: it", repo_id) from error
     if stale:
         warnings.warn(
             f"{GENERATE_NAME} of {shown(repo_id)} steered by the head of before, and was taken away. To have it again, "
