@@ -106,8 +106,8 @@ class Child:
         finally:
             os._exit(status)
 
-    def wait_until_open(self):
-        while b"open " not in self.told and (more := os.read(self.pipe, 100)):
+    def wait_until(self, told):
+        while told not in self.told and (more := os.read(self.pipe, 100)):
             self.told += more
 
     def start(self):
@@ -162,13 +162,15 @@ def killed(kind, folder, kills, sizes=(1,), seed=0):
         children = [Child(kind, folder, expected, 0, size)]
         opening = chance.random() < 0.2
         if not opening:
-            children[0].wait_until_open()
+            children[0].wait_until(b"open ")
             children += [Child(kind, folder, expected, process, size) for process in range(1, size)]
             for child in children[1:]:
-                child.wait_until_open()
+                child.wait_until(b"open ")
             for child in children:
                 child.start()
         for child in chance.sample(children, len(children)):
+            if not opening and chance.random() < 0.5:
+                child.wait_until(b"!")  # a first commit can take many times as long as the ones that were timed
             time.sleep(chance.uniform(0, typical if opening else 2.5 * typical))
             promised, inside = child.kill()
             if child.status == 1:
