@@ -80,7 +80,7 @@ def test_the_table_has_every_method_and_a_second_run_makes_nothing(command, file
     assert printed.strip() == table.strip()
     assert table.count("\n| ") == len(rows) + 1  # and the line under the titles
     assert "| random direction † |" in table
-    assert "| best-of-2 | ≤ 0.19 |" in table
+    assert "| best-of-2 |  | ≤ 0.19 |" in table
     for picture in ("comparison.png", "kl.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(comparison.Comparison, "_answer", lambda *_: pytest.fail("made again"))
@@ -211,6 +211,32 @@ def test_prompts_of_another_kind_get_the_same_strengths_and_cards_say_both(comma
     written.write_text("By hand.", encoding="utf-8")
     command("evaluate", *given, *skipped, *extra)
     assert written.read_text(encoding="utf-8") == "By hand."
+
+
+@pytest.mark.filterwarnings("ignore:The value head was trained on:UserWarning")
+def test_two_answers_to_each_prompt_and_two_judges(command, files, given, tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    lines = [json.dumps({"prompt": f"w{20 + i}"}) for i in range(12)]  # and no text that follows
+    (others / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    skipped = without("CD prefix", "CD prefix + prompting", "CD (ARGS)", "RE-Control + prompting", *FIXED)
+    skipped += without("best-of-2", "prompting", "random direction")
+    extra = ("--judge", f"{files.rewards}:two_words", "--answers", 2, "--no-plots", "--output-dir", tmp_path / "out")
+    command("evaluate", *given, *skipped, *extra, "--other-prompts", others, "--other-split", "test")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["judges"] == ["judge", "judge_2", "reward"]
+    steered = results["rows"][1]
+    assert steered["judge_2"] == steered["reward"] != steered["judge"]  # the same function
+    answers = [json.loads(line) for line in answers_of(tmp_path / "out", "re-control-0.5-nats")]
+    assert {len(rows) for rows in answers} == {2}
+    assert any(one["completion"] != other["completion"] for one, other in answers)
+    assert steered["judge"]["n"] == 12  # an interval over prompts, not over answers
+    base, steered = json.loads((tmp_path / "out" / "other" / "results.json").read_text())["rows"]
+    assert "reference_kl" not in base
+    assert steered["reference_kl"] > 0  # on the base model's own answers
+    assert {rows[0]["prompt"] for rows in map(json.loads, answers_of(tmp_path / "out" / "other", "base"))} == {
+        f"w{20 + i}" for i in range(12)
+    }
 
 
 def answers_of(folder, name):

@@ -37,22 +37,23 @@ def cells(text):
 
 def test_each_row_is_a_line_with_its_numbers():
     title, rule, *lines = cells(table(ROWS, ["judge", "reward"], FACTS))
-    assert title[:5] == ["method", "nats per answer", "judge", "reward", "perplexity"]
+    assert title[:6] == ["method", "nats asked", "nats per answer", "judge", "reward", "perplexity"]
     assert set(rule) == {"---"}
     assert {len(line) for line in lines} == {len(title)} == {len(rule)}
     assert lines[2] == [
-        "RE-Control", "1.23", "+0.50 [+0.25, +0.75]", "+0.50 [+0.25, +0.75]",
+        "RE-Control", "1", "1.23", "+0.50 [+0.25, +0.75]", "+0.50 [+0.25, +0.75]",
         "1.50 ×", "0.800", "0.990", "12.5", "11", "1.23",
     ]  # fmt: skip
-    assert lines[0][2] == "0"
-    assert lines[1][1] == "≤ 0.64"
+    assert lines[0][1:4] == ["", "0.00", "0"]
+    assert lines[1][2] == "≤ 0.64"
     assert lines[4][0] == "random direction †"
-    assert lines[4][4] == "?"
-    assert lines[5][1] == "?"
+    assert lines[4][5] == "?"
+    assert lines[5][2] == "?"
 
 
 def test_a_column_that_no_row_has_is_left_out_and_one_that_some_have_is_shown():
     assert "coherence" not in table(ROWS, ["judge"], FACTS).splitlines()[0]
+    assert "asked" not in table([BASE], ["judge"], FACTS)
     title, _, *lines = cells(table([BASE, row("RE-Control", coherence=0.5)], ["judge"], FACTS))
     place = title.index("coherence")
     assert [line[place] for line in lines] == ["", "0.500"]

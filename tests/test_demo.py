@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_recontrol import Head
 from hf_recontrol.demo.assets import FOLDER, HEADS, Demo
 from hf_recontrol.demo.comparison import compare, sample
 from hf_recontrol.demo.report import CAUTION, show
@@ -30,6 +31,11 @@ def test_every_part_has_a_card_with_its_data_and_licence(part):
     assert "cc-by-4.0" in card
     assert "Pang and Lee" in card
     assert str(Path.home()) not in card
+
+
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"random_direction"}))
+def test_a_heads_card_is_what_its_config_says(name):
+    assert (FOLDER / name / "README.md").read_text(encoding="utf-8") == Head.from_pretrained(FOLDER / name).model_card()
 
 
 def test_the_prompts_are_six_whole_words_and_held_out(demo):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def example(monkeypatch):
     import comparison_rows
 
     yield comparison_rows.rows_of_runs, comparison_claims.claims
-    for module in ("comparison_claims", "comparison_rows"):
-        del sys.modules[module]
+    for module in ("comparison", "comparison_claims", "comparison_rows"):
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,39 @@ def test_where_a_gain_is_met_lies_on_the_line_between_two_settings(example):
     assert met(points, 0.2) == "0.5"
     assert met(points, 0.7) == "2.5"
     assert met(points, 1.1) == "not by 4.0"
+
+
+def made_once(make_heads):
+    """The second run has the first one's heads and rollouts, for time: its answers are others."""
+
+    def copied(demo, work, prompts, run):
+        for name in ("heads", "rollouts") if run > 1 else ():
+            shutil.copytree(work / f"{name}-1", work / f"{name}-{run}")
+        return make_heads(demo, work, prompts, run)
+
+    return copied
+
+
+@pytest.mark.slow
+def test_from_rollouts_to_the_tables_and_what_they_claim(example, tmp_path, monkeypatch):
+    import comparison
+
+    monkeypatch.setattr(comparison, "RUNS", (1, 2))
+    monkeypatch.setattr(comparison, "BATCH_SIZES", (1,))
+    monkeypatch.setattr(comparison, "BEST_OF", (2,))
+    monkeypatch.setattr(comparison, "make_heads", made_once(comparison.make_heads))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = ["--prompts", "60", "--test-prompts", "6", "--tuning-prompts", "4", "--nats", "1"]
+    folders = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["comparison.py", *small, *folders])
+    comparison.main()
+    table, other = ((tmp_path / "out" / part / "table.md").read_text(encoding="utf-8") for part in ("", "other"))
+    assert "3 runs" not in table
+    assert "2 runs and 6 prompts" in table
+    for method in ("RE-Control", "control head", "constant control", "CD prefix, FUDGE", "random direction †"):
+        assert f"| {method} | 1 |" in table
+        assert f"| {method} | 1 |" in other
+    assert "KL on given texts" in other
+    assert (tmp_path / "out" / "claims.md").read_text(encoding="utf-8").count("RE-Control") > 1
+    for picture in ("comparison", "kl", "sweep", "time", "win_rate", "landscape", "answer"):
+        assert (tmp_path / "out" / f"{picture}.png").is_file()

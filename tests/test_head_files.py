@@ -13,6 +13,7 @@ from safetensors import torch as safetensors_torch
 
 from hf_recontrol.errors import HeadError, HeadUnavailable
 from hf_recontrol.head_config import ACTIVATIONS
+from hf_recontrol.model_card import is_as_written
 from hf_recontrol.value_head import ValueHead
 
 NAMES = ("config.json", "model.safetensors")
@@ -123,6 +124,24 @@ def test_a_file_changed_after_loading_does_not_change_the_head(folder):
 def test_a_subfolder_holds_a_head_of_its_own(head, tmp_path):
     head.save_pretrained(tmp_path / "many" / "one")
     assert isinstance(ValueHead.from_pretrained(tmp_path / "many", subfolder="one"), ValueHead)
+
+
+def test_saving_twice_replaces_the_head_and_its_card(make_head, folder):
+    other = make_head(seed=1)
+    other.config.info["data"] = "other texts"
+    other.save_pretrained(folder)
+    assert "other texts" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_card_is_known_as_written_until_a_word_of_it_changes(head, newline):
+    text = head.model_card("user/head").replace("\n", newline)
+    assert is_as_written(text.encode())
+    assert is_as_written(text.rstrip().encode())
+    for edited in (text.replace("reward", "award", 1), text + "More.", "Before.\n" + text, text.replace("Limits", "")):
+        assert not is_as_written(edited.encode())
+    assert not is_as_written(text[: text.rindex("<!--")].encode())
+    assert not is_as_written(b"\xff")
 
 
 def test_saving_twice_replaces_the_head_and_keeps_a_card_edited_by_hand(make_head, folder):

@@ -278,6 +278,15 @@ def test_private_is_asked_for_when_the_repository_is_made(hub, head):
     same(head, ValueHead.from_pretrained("user/new", token=TOKEN))
 
 
+def test_a_card_on_the_hub_that_nobody_edited_tells_of_the_new_head(hub, head, make_head):
+    head.push_to_hub("user/new", token=TOKEN)
+    other = make_head(seed=1)
+    other.config.info["data"] = "other texts"
+    other.push_to_hub("user/new", token=TOKEN)
+    repository = hub.repositories["user/new"]
+    assert b"other texts" in repository.commits[repository.branches["main"]]["README.md"]
+
+
 def test_a_card_on_the_hub_stays_unless_it_is_to_be_replaced(hub, head, make_head):
     hub.add("user/new", {"README.md": b"mine"})
     head.push_to_hub("user/new", token=TOKEN)

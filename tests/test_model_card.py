@@ -66,9 +66,11 @@ INJECTIONS = [
 
 
 def split(text):
-    """The YAML as values and the body as text."""
+    """The YAML as values and the body as text, without the last line, by which an edited card is known."""
     _, front, body = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
-    return yaml.safe_load(front), body
+    body, seal = body.rsplit("\n\n", 1)
+    assert re.fullmatch(r"<!-- Written by hf-recontrol[^<>]*: [0-9a-f]{32} -->\n", seal)
+    return yaml.safe_load(front), body + "\n"
 
 
 def test_the_hub_finds_the_library_the_base_model_and_the_figures():

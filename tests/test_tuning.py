@@ -8,9 +8,10 @@ from tiny import tiny_head, tiny_model, tiny_tokenizer
 from hf_recontrol import ControlConfig
 from hf_recontrol.baselines import ARGS, Base, BestOfN, PrefixScorer
 from hf_recontrol.comparison import Comparison
+from hf_recontrol.errors import CollectError
 from hf_recontrol.rewards import Rewards
 from hf_recontrol.sampling import Sampler
-from hf_recontrol.tuning import kl_per_answer, match_kl, steered_by
+from hf_recontrol.tuning import Strengths, kl_per_answer, match_kl, steered_by
 
 PROMPTS = [f"w{i} w{i + 1}" for i in range(5, 45)]
 
@@ -89,3 +90,28 @@ def test_targets_that_cannot_be_and_methods_that_spend_nothing_are_refused(kl_of
     with pytest.raises(ValueError, match="base spends 0"):
         match_kl(lambda _: Base(), kl_of, [1.0])
     assert kl_of(BestOfN(Rewards(parity), 4)) == pytest.approx(math.log(4) - 3 / 4)
+
+
+def test_a_target_that_is_added_later_is_found_and_the_others_stay(sampler, tmp_path, monkeypatch):
+    validation, asked = Comparison(sampler, PROMPTS, tmp_path), []
+
+    def strengths(*targets):
+        found = Strengths(validation, tmp_path / "strengths.json", targets)
+        monkeypatch.setattr(found, "_kl_of", lambda method: asked.append(method.weight) or method.weight**2)
+        return found.of(FAMILIES["CD prefix"])
+
+    before = strengths(1.0, 4.0)
+    assert before == [(1.0, 1.0), (2.0, 4.0)]
+    asked.clear()
+    assert strengths(9.0, 1.0, 4.0) == [(pytest.approx(3.0), pytest.approx(9.0)), *before]
+    assert len(asked) == 1  # from what was tried before
+    assert strengths(4.0) == before[1:]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"key": {"method": "a", "tried": [[1]], "found": []}}', '{"key": 1}'])
+def test_a_damaged_file_of_strengths_is_named(text, sampler, tmp_path):
+    file = tmp_path / "strengths.json"
+    file.write_text(text)
+    with pytest.raises(CollectError, match=r"strengths\.json is damaged .* Delete it, and strengths are found again"):
+        Strengths(Comparison(sampler, PROMPTS, tmp_path), file, [1.0]).of(FAMILIES["CD"])

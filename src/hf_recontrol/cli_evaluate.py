@@ -9,7 +9,7 @@ import typer
 
 from .card_comparison import comparison_info
 from .chat_judge import ChatJudge
-from .cli_inputs import card_as_written, ends_at_sigterm, language_model, named_heads, reward_functions
+from .cli_inputs import ends_at_sigterm, language_model, named_heads, reward_functions
 from .cli_rollouts import Dtype
 from .coherence import SIMCSE, Coherence
 from .comparison import Comparison
@@ -85,10 +85,11 @@ def evaluate(
     other_prompts: Annotated[
         str | None,
         typer.Option(
-            help="A dataset of another kind, its split train, so many prompts as of --limit: a second table, at the "
-            'same strengths, and what heads do to its column "completion", or else to the base model\'s answers.'
+            help="A dataset of another kind, so many prompts as of --limit: a second table, at the same strengths, "
+            'and what heads do to its column "completion", or else to the base model\'s answers.'
         ),
     ] = None,
+    other_split: Annotated[str, typer.Option(help="Of --other-prompts.")] = "train",
     answers: Annotated[int, typer.Option(min=1, help="To each prompt by each method.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 16,
@@ -114,7 +115,7 @@ def evaluate(
         new_figure(1, 1)  # without matplotlib it says how to get it, before anything is computed
     folders = _folders(head) if cards else {}
     (tuned_on, tested_on), ends = _prompts(dataset, split, limit, tuning_split, tuning_prompts, seed)
-    others = None if other_prompts is None else load_prompts(other_prompts, split="train", limit=limit, seed=seed)
+    others = None if other_prompts is None else load_prompts(other_prompts, split=other_split, limit=limit, seed=seed)
     language, tokenizer = language_model(model, dtype=dtype.value)
     rewards, *judging = (reward_functions([text], None, device=language.device) for text in (reward, *(judge or [])))
     judges = {"judge" if i == 1 else f"judge_{i}": one for i, one in enumerate(judging, 1)}
@@ -146,16 +147,15 @@ def evaluate(
             comparison = Comparison(ended, list(others["prompt"]), output_dir / OTHER, answers=answers)
             rows = run.rows_of_others(comparison, references)
             facts |= {
-                "dataset": _named(str(other_prompts)),
+                "dataset": f"{_named(str(other_prompts))}, {other_split}",
                 "strengths chosen on": f"{_named(dataset)}, {tuning_split or split}",
             }
             typer.echo(write_report(rows, output_dir / OTHER, judges=names, facts=facts, figures=plots))
             for name, info in noted.items():
                 info["other"] = comparison_info(name, rows, names, facts)
     for name, info in noted.items():
-        as_written = card_as_written(plan.heads[name], folders[name])
         plan.heads[name].config.info["comparison"] = info
-        plan.heads[name].save_pretrained(folders[name], replace_model_card=as_written)
+        plan.heads[name].save_pretrained(folders[name])
     if plots and sweep and plan.value_head is not None:
         landscape, trace = close_up(sampler, tuned_on[0], plan.value_head[1])
         landscape_figure(landscape).savefig(output_dir / "landscape.png", dpi=100)

@@ -6,10 +6,8 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-from .head import Head
 from .rewards import RewardFunc, Rewards
 
 TERMINATED = 128 + signal.SIGTERM
@@ -100,12 +98,6 @@ def named_heads(named: Sequence[str], option: str) -> dict[str, str]:
             )
         heads[name] = head
     return heads
-
-
-def card_as_written(head: Head, output: Path) -> bool:
-    """Whether the card there is the head's own: one edited by hand stays."""
-    card = output / "README.md"
-    return card.is_file() and card.read_text(encoding="utf-8") == head.model_card()
 
 
 @contextmanager

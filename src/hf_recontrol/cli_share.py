@@ -29,7 +29,7 @@ def push(
         ),
     ] = False,
     replace_model_card: Annotated[
-        bool, typer.Option("--replace-model-card", help="Write the card anew; otherwise one that is there stays.")
+        bool, typer.Option("--replace-model-card", help="Write the card anew, even if it was edited by hand.")
     ] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
@@ -121,7 +121,7 @@ def _save_merged(heads: dict[Any, float], config: ControlConfig, names: list[str
     from .merging import merge_heads
 
     merged = merge_heads(heads, config, names=names)
-    merged.save_pretrained(output, replace_model_card=True)
+    merged.save_pretrained(output)
     for name, weight in merged.config.info["merged"]:
         typer.echo(f"{weight:8.4g} × {name}")
     typer.echo(

@@ -196,7 +196,7 @@ def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> N
 
 def _save(head: Head, args: RecontrolTrainingArguments) -> None:
     if args.should_save:
-        head.save_pretrained(args.output_dir, replace_model_card=True)
+        head.save_pretrained(args.output_dir)
 
 
 def _report(kind: str, metrics: dict[str, Any], beside: dict[str, Any], answers: int | None, folder: str) -> None:

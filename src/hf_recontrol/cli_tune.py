@@ -9,7 +9,7 @@ import typer
 
 from .calibration import calibrate as calibrate_head
 from .calibration import sample_states
-from .cli_inputs import card_as_written, function_or_name, language_model, reward_functions
+from .cli_inputs import function_or_name, language_model, reward_functions
 from .cli_rollouts import Dtype
 from .coherence import SIMCSE, Coherence
 from .control_search import MAX_PERPLEXITY_RATIO, check_coherence, load_optuna, named_objective, search_control
@@ -113,9 +113,8 @@ def tune(
         seed=seed,
     )
     _show(search)
-    as_written = card_as_written(loaded, Path(output or head))
     search.apply_to(loaded)
-    loaded.save_pretrained(output or head, replace_model_card=as_written)
+    loaded.save_pretrained(output or head)
     typer.echo(f"Saved in {output or head}. Trial {search.best.number} is how it steers unless told otherwise.")
 
 
@@ -154,9 +153,8 @@ def _calibrate(
     if prompts is not None:
         dataset = _answers_to(prompts, language, tokenizer, max_new_tokens)
     states = sample_states(dataset)
-    as_written = card_as_written(loaded, output)
     calibrate_head(loaded, language, states)
-    loaded.save_pretrained(output, replace_model_card=as_written)
+    loaded.save_pretrained(output)
     control = loaded.config.control
     steps = getattr(control, "num_steps", None)
     typer.echo(f"On {len(states)} states" + (f", at n = {steps}:" if steps else ":"))

@@ -79,6 +79,8 @@ def table(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any]) 
     """Markdown: the rows, and what the columns mean. Columns that no row has are left out."""
     rows = [{**row, **_milliseconds(row)} for row in rows]
     columns: list[tuple[str, Cell]] = [("method", lambda row: row["method"] + (" †" if row["placebo"] else ""))]
+    if any(row["setting"] is not None for row in rows):
+        columns.append(("nats asked", lambda row: "" if row["setting"] is None else f"{row['setting']:g}"))
     columns.append(("nats per answer", _nats))
     columns += [(name, lambda row, name=name: _gain(row[name])) for name in judges]  # type: ignore[misc]
     columns += [
@@ -134,9 +136,11 @@ def _notes(rows: Sequence[Row], judges: Sequence[str], facts: Mapping[str, Any])
     columns = (
         f"{' and '.join(judges)}: gain over base in standard deviations of its answers, with the 95 % interval of a "
         f"bootstrap over {over}. Nats per answer: KL from the base model, measured; ≤: an upper bound. "
-        "Strengths were chosen on other prompts. Perplexity: under the base model, over that of its own answers. "
+        "Perplexity: under the base model, over that of its own answers. "
         "Diversity: of the first 20 words. Length: in tokens. Forwards: rows of a model for each token."
     )
+    if any(row["setting"] is not None for row in rows):
+        columns += " Nats asked: what a strength was chosen for, on other prompts."
     if any("seconds_per_token" in row for row in rows) and "ms per token" not in facts:
         columns += " ms per token: of all answers together, in batches; of CD with the measuring of its KL."
     if any(row.get("win_rate") for row in rows):

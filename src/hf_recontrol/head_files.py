@@ -30,7 +30,7 @@ from .head_format import (
 )
 from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version, too_large
 from .head_push import push_files
-from .model_card import CardFacts, card
+from .model_card import CardFacts, card, is_as_written
 
 
 class HeadFiles(nn.Module):
@@ -60,15 +60,14 @@ class HeadFiles(nn.Module):
     ) -> None:
         """Write config.json, model.safetensors (float32) and README.md into a folder, and read them back.
 
-        Overwrites an older head there; each file is replaced as a whole. README.md is written only where there is none,
-        so a card edited by hand stays.
+        Overwrites an older head there; each file is replaced as a whole. A README.md that was edited by hand stays.
 
         Args:
             save_directory: made if it does not exist.
             push_to_hub: afterwards, send the three files of the folder to the Hub, as `push_to_hub` does.
             repo_id: where to push; the folder's name where None.
             revision: branch to push to, and the rest: see `push_to_hub`.
-            replace_model_card: write README.md anew, here and on the Hub.
+            replace_model_card: write README.md anew, here and on the Hub, whoever wrote the one that is there.
             custom_generate: with push_to_hub, as there. In a folder it would not know where the weights are.
 
         Raises:
@@ -89,7 +88,7 @@ class HeadFiles(nn.Module):
         _write_whole(directory / CONFIG_NAME, config_bytes)
         card_path = directory / CARD_NAME
         name = repo_id or directory.resolve().name
-        if replace_model_card or not card_path.exists():
+        if replace_model_card or not card_path.exists() or is_as_written(card_path.read_bytes()):
             text = self.model_card(name if push_to_hub else None, custom_generate=custom_generate)
             _write_whole(card_path, text.encode())
         _read_head(FolderHead(directory), self.config_class)
@@ -178,7 +177,7 @@ class HeadFiles(nn.Module):
             private: of a repository that is made; the Hub's default for the account where None.
             commit_message: "Upload a head" where None.
             create_pr: open a pull request instead of committing.
-            replace_model_card: write the repository's card anew; otherwise one that is there stays.
+            replace_model_card: write the repository's card anew, even if it was edited by hand.
             custom_generate: afterwards send custom_generate/generate.py, which steers as the head does by default where
                 this package is not installed: `model.generate(custom_generate="user/head", trust_remote_code=True)`.
                 Whoever calls that runs the repository's code. Otherwise a generate.py that is there is taken away.

@@ -19,6 +19,7 @@ from .head_hub import (
     unavailable,
     within,
 )
+from .model_card import is_as_written
 
 
 def push_files(
@@ -35,8 +36,9 @@ def push_files(
 ) -> str:
     """Send `files` to the Hub in one commit, all or none, and return the URL of the commit or pull request.
 
-    Makes the repository and the branch if they do not exist. A card that is there stays unless `replace_model_card`. A
-    custom_generate/generate.py that is there steers by the head of before: it is taken away, with a warning.
+    Makes the repository and the branch if they do not exist. A card there that was edited by hand stays, unless
+    `replace_model_card`. A custom_generate/generate.py that is there steers by the head of before: it is taken away,
+    with a warning.
 
     Args:
         generate_py: from the repository's full id and the commit of `files` to a custom_generate/generate.py. It is
@@ -49,16 +51,18 @@ def push_files(
     api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
     commit_message = commit_message or "Upload a head"
 
-    def prepare() -> tuple[str, ModelInfo]:
+    def prepare() -> tuple[str, ModelInfo, bool]:
         found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(found, branch=revision, exist_ok=True)
-        return found, api.model_info(found, revision=revision)
+        info = api.model_info(found, revision=revision)
+        has_card = CARD_NAME in {sibling.rfilename for sibling in info.siblings or []}
+        edited = has_card and not replace_model_card and not is_as_written(_card(api, found, info.sha))
+        return found, info, edited
 
     try:
-        repo_id, there = within(DEADLINE_SECONDS, prepare)
+        repo_id, there, keeps_card = within(DEADLINE_SECONDS, prepare)
         present = {sibling.rfilename for sibling in there.siblings or []}
-        keeps_card = CARD_NAME in present and not replace_model_card
         sent = {name: data for name, data in files.items() if not (keeps_card and name == CARD_NAME)}
         later = {} if generate_py is None else {name: sent.pop(name) for name in {CARD_NAME} & sent.keys()}
         stale = [CommitOperationDelete(GENERATE_NAME)] if generate_py is None and GENERATE_NAME in present else []
@@ -98,7 +102,7 @@ def _commit(
     return commit
 
 
-def _card(api: HfApi, repo_id: str, revision: str) -> bytes:
+def _card(api: HfApi, repo_id: str, revision: str | None) -> bytes:
     return Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)).read_bytes()
 
 

@@ -1,6 +1,8 @@
 """The card of a head: facts in, text out. What is not known is left out; what a file says stays one line of text."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +131,20 @@ def card(facts: CardFacts) -> str:
         comparison=comparison_lines(facts.info),
         tuning=tuning_lines(facts.info),
     ).content
-    return text
+    return text.rstrip("\n") + _seal(text)
+
+
+def is_as_written(data: bytes) -> bool:
+    """Whether a card is as `card` wrote it, in this version or another. One that a person edited is kept."""
+    text = "\n".join(data.decode("utf-8", "replace").splitlines())
+    found = re.search(r"\n\n<!-- Written by hf-recontrol[^>]*-->\s*$", text)
+    return found is not None and found[0].rstrip("\n") == _seal(text[: found.start()]).rstrip("\n")
+
+
+def _seal(text: str) -> str:
+    """A last line, which no page shows, by which an edited card is known."""
+    digest = hashlib.sha256("\n".join(text.rstrip("\n").splitlines()).encode()).hexdigest()
+    return f"\n\n<!-- Written by hf-recontrol, which keeps it once it is edited: {digest[:32]} -->\n"
 
 
 def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:

@@ -228,7 +228,7 @@ def _improve(
         if writes:
             table = "".join(json.dumps(row) + "\n" for row in curves)
             (folder / "iterations.jsonl").write_text(table, encoding="utf-8")
-            head.save_pretrained(folder / f"head-{i}", replace_model_card=True)
+            head.save_pretrained(folder / f"head-{i}")
     assert head is not None  # for the type checker: iterations ≥ 1
     if given is None:
         return head.eval()

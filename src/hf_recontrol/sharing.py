@@ -21,7 +21,7 @@ from .head_hub import (
     unavailable,
     within,
 )
-from .model_card import TAGS
+from .model_card import TAGS, is_as_written
 
 KINDS = ("value", "control")
 
@@ -108,7 +108,7 @@ def push_head(
 
     Args:
         head: a folder, an id on the Hub, "id@revision", or a head itself.
-        replace_model_card: write the card anew, whatever the folder and the repository have.
+        replace_model_card: write the card anew, even if it was edited in the folder or the repository.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -120,8 +120,8 @@ def push_head(
     edited = None
     if not isinstance(head, Head) and not replace_model_card:
         card = Path(head).expanduser() / CARD_NAME
-        text = card.read_text(encoding="utf-8") if card.is_file() else loaded.model_card()
-        edited = None if text == loaded.model_card() else text
+        data = card.read_bytes() if card.is_file() else None
+        edited = None if data is None or is_as_written(data) else data.decode("utf-8")
     return loaded.push_to_hub(
         repo_id,
         revision=revision,

@@ -10,6 +10,7 @@ from .baselines import Method, Steered
 from .comparison import Comparison
 from .control_config import ControlConfig
 from .disk import faults, make_folder, write_file
+from .errors import CollectError
 from .fingerprints import sha256_of
 from .head import Head
 from .rewards import Text
@@ -41,6 +42,7 @@ def match_kl(
     start: float = 1.0,
     tolerance: float = 0.05,
     trials: int = 8,
+    tried: list[tuple[float, float]] | None = None,
 ) -> list[tuple[float, float]]:
     """The multipliers at which a method's answers are so far from the base model's.
 
@@ -55,6 +57,7 @@ def match_kl(
         start: the first multiplier that is tried.
         tolerance: as a share of a target; a trial so near ends the search.
         trials: of each target, ≥ 1.
+        tried: (multiplier, KL per answer) of earlier trials, which are not made again. Those made are appended.
 
     Returns:
         (multiplier, KL per answer) for each target, in the order given.
@@ -68,7 +71,7 @@ def match_kl(
             "trial or more, and a finite number > 0."
         )
     found: dict[float, tuple[float, float]] = {}
-    tried: list[tuple[float, float]] = []
+    tried = [] if tried is None else tried
     multiplier = start
     for target in sorted(set(targets)):
         nearest = [point for point in tried if abs(point[1] / target - 1) < tolerance]
@@ -138,7 +141,7 @@ class Strengths:
     Args:
         validation: the sampler and the prompts that strengths are chosen on; none of them is tested on.
         file: JSON; made with its folder if it does not exist.
-        targets: nats per answer.
+        targets: nats per answer. What was found for others before is kept, and is where the search for new ones begins.
         options: more for match_kl.
     """
 
@@ -147,14 +150,40 @@ class Strengths:
         self._kl_of = kl_per_answer(validation.sampler, validation.prompts, validation.measure)
 
     def of(self, family: Family, start: float = 1.0) -> list[tuple[float, float]]:
-        """(multiplier, KL per answer on the validation prompts) for each target."""
-        made_by = {**self.validation.facts, **family(start).facts(), "targets": self.targets, **self.options}
+        """(multiplier, KL per answer on the validation prompts) for each target.
+
+        Raises:
+            CollectError: the file is damaged, or the disk refused.
+        """
+        made_by = {**self.validation.facts, **family(start).facts(), **self.options}
         key = sha256_of([json.dumps(made_by, sort_keys=True)])
-        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        if key not in known:
-            found = match_kl(family, self._kl_of, self.targets, start=start, **self.options)
-            known[key] = {"method": family(start).name, "targets": self.targets, "found": found}
+        known = self._read()
+        kept = known.setdefault(key, {"method": family(start).name, "tried": [], "found": []})
+        found = {target: (multiplier, kl) for target, multiplier, kl in kept["found"]}
+        if missing := [target for target in self.targets if target not in found]:
+            new = match_kl(family, self._kl_of, missing, start=start, tried=kept["tried"], **self.options)
+            found |= dict(zip(missing, new, strict=True))
+            kept["found"] = [(target, *point) for target, point in sorted(found.items())]
             with faults(f"Writing {self.file}"):
                 make_folder(self.file.parent)
                 write_file(self.file, json.dumps(known, indent=1, ensure_ascii=False).encode())
-        return [(multiplier, kl) for multiplier, kl in known[key]["found"]]
+        return [found[target] for target in self.targets]
+
+    def _read(self) -> dict[str, Any]:
+        if not self.file.exists():
+            return {}
+        with faults(f"Reading {self.file}"):
+            data = self.file.read_bytes()
+        try:
+            return {
+                key: {
+                    "method": kept["method"],
+                    "tried": [(multiplier, kl) for multiplier, kl in kept["tried"]],
+                    "found": [(target, multiplier, kl) for target, multiplier, kl in kept["found"]],
+                }
+                for key, kept in json.loads(data).items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CollectError(
+                f"{self.file} is damaged ({error!r}). Delete it, and strengths are found again."
+            ) from error

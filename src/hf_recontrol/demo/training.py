@@ -138,6 +138,6 @@ def make_heads(
                 calibrate(head, demo.model, sample_states(held_out))
     for name, head in heads.items():
         head.config.info |= DATA
-        head.save_pretrained(output_dir / name, replace_model_card=True)
+        head.save_pretrained(output_dir / name)
     (output_dir / "random_direction" / "README.md").write_text(PLACEBO_CARD, encoding="utf-8")
     return heads
