@@ -10,7 +10,7 @@ import traceback
 import pytest
 from hub_server import READ_TOKEN, TOKEN
 
-from hf_recontrol import head_hub
+from hf_recontrol import head_hub, head_push
 from hf_recontrol.errors import HeadError, HeadUnavailable
 from hf_recontrol.value_head import ValueHead
 
@@ -167,7 +167,9 @@ def test_a_repository_that_was_renamed_is_found_under_its_old_name(hub, head, fi
 @pytest.fixture
 def short(hub, monkeypatch):
     """A deadline of 0.4 s; what waits is woken at the end."""
-    monkeypatch.setattr(head_hub, "DEADLINE_SECONDS", 0.4)
+    for module in (head_hub, head_push):
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", 0.4)
+    monkeypatch.setattr(head_push, "SLOWEST_BYTES_PER_SECOND", 10**9)
     monkeypatch.setattr(head_hub, "SLOWEST_BYTES_PER_SECOND", 10**9)
     yield
     hub.wake()
