@@ -11,19 +11,32 @@ from hf_recontrol.intervals import crossed_bootstrap
 Row = Mapping[str, Any]
 Gains = Mapping[tuple[str, float | None], Mapping[str, Tensor]]
 OURS = ("RE-Control", "control head", "constant control")
-WEAKER = ("random direction", "linear head, shuffled rewards", "Static RE", "linear head")
-"""What RE-Control should be above at each KL; by the linear head the network is measured."""
+OTHERS = {
+    "RE-Control": (
+        "random direction",
+        "linear head, shuffled rewards",
+        "Static RE",
+        "linear head",
+        "CD (ARGS)",
+        "CD prefix, FUDGE",
+    ),
+    "control head": ("RE-Control", "linear head", "constant control"),
+}
+"""What each should be above at the same KL, and the simpler ones by which it is measured."""
 
 
 def claims(rows: Sequence[Row], gains: Gains) -> str:
     """Markdown: differences by the judge with 95 % intervals over runs and prompts, and the KL that meets best-of-n."""
     settings = sorted({row["setting"] for row in rows if row["setting"] is not None})
-    lines = ["Difference of the judge's gain, RE-Control less the other at the same KL:", ""]
-    lines += ["| nats asked | " + " | ".join(WEAKER) + " |", "|---" * (len(WEAKER) + 1) + "|"]
-    for setting in settings:
-        cells = [_difference(gains, ("RE-Control", setting), (other, setting)) for other in WEAKER]
-        lines.append(f"| {setting:g} | " + " | ".join(cells) + " |")
-    lines += ["", "Difference to what also costs one generation, and needs no head:", ""]
+    lines = []
+    for name, others in OTHERS.items():
+        lines += [f"Difference of the judge's gain, {name} less the other at the same KL:", ""]
+        lines += ["| nats asked | " + " | ".join(others) + " |", "|---" * (len(others) + 1) + "|"]
+        for setting in settings:
+            cells = [_difference(gains, (name, setting), (other, setting)) for other in others]
+            lines.append(f"| {setting:g} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["Difference to what also costs one generation, and needs no head:", ""]
     lines += ["| nats asked | method | base | prompting |", "|---|---|---|---|"]
     for setting in settings:
         for name in OURS:

@@ -15,12 +15,14 @@ from .guided_decoding import ARGSLogitsProcessor, PrefixScorerLogitsProcessor
 from .head import Head
 from .head_config import ControlDefaults, ControlHeadConfig, RewardScale, ScaleDefaults, ValueHeadConfig
 from .judging import RewardJudge, WinRate, win_rate
+from .merging import merge_heads
 from .on_policy import train_control, train_value
 from .prompts import load_prompts
 from .registry import register_value_heads
 from .rewards import Rewards
 from .rollout_dataset import RolloutDataset
 from .rollouts import collect_rollouts
+from .sharing import SharedHead, list_heads
 from .trace import Trace
 from .trainer import RecontrolTrainer
 from .training_args import RecontrolTrainingArguments
@@ -51,6 +53,7 @@ __all__ = [
     "Rewards",
     "RolloutDataset",
     "ScaleDefaults",
+    "SharedHead",
     "SteeringNotApplied",
     "Trace",
     "ValueHead",
@@ -63,7 +66,9 @@ __all__ = [
     "fit_constant_control",
     "fit_ensemble",
     "fit_linear_head",
+    "list_heads",
     "load_prompts",
+    "merge_heads",
     "register_value_heads",
     "sample_states",
     "train_control",

@@ -182,7 +182,7 @@ def parse_scores(reply: str) -> Scores | None:
 
     Spaces and marks of emphasis around the line do not count.
 
-    Example:
+    Examples:
         >>> parse_scores("B is vague.\\n**Scores: A=8 B=3**")
         (8.0, 3.0)
         >>> parse_scores("Scores: A=11 B=3") is None

@@ -46,7 +46,7 @@ class Controller:
             one that is not given, a strength without a calibration, a target value for several value heads, or a head
             in less than float32.
 
-    Example:
+    Examples:
         >>> from hf_recontrol import ValueHead, ValueHeadConfig
         >>> head = ValueHead(ValueHeadConfig(hidden_size=8))
         >>> steer = Controller(head, ControlConfig(step_size=0.1, num_steps=5))

@@ -24,7 +24,7 @@ class ControlHead(Head):
     Args:
         config: shape, base model, reward and the multiple of u that is used unless told otherwise.
 
-    Example:
+    Examples:
         >>> from hf_recontrol import ControlHeadConfig
         >>> head = ControlHead(ControlHeadConfig(hidden_size=8))
         >>> head(torch.ones(2, 5, 8)).shape

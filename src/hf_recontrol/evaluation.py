@@ -26,7 +26,7 @@ def words(text: str) -> list[str]:
     The paper takes nltk's `word_tokenize`, which cuts contractions (`do`, `n't`) and keeps dots together. To take it
     here, pass `tokenize=functools.partial(nltk.word_tokenize, preserve_line=True)` wherever this is the default.
 
-    Example:
+    Examples:
         >>> words("Don't stop, she said.")
         ["Don't", 'stop', ',', 'she', 'said', '.']
     """
@@ -45,7 +45,7 @@ def diversity(text: str, *, max_words: int | None = None, tokenize: Tokenize = w
         max_words: score only the first so many words, as `tokenize` counts them; None for all.
         tokenize: text → words.
 
-    Example:
+    Examples:
         >>> diversity("a b c d e f")
         0.5
     """

@@ -133,7 +133,7 @@ def enable_recontrol(model: Any = None) -> Any:
     Raises:
         ValueError: the model has no usable LM head, or a generate() of its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hf_recontrol import ValueHead, ValueHeadConfig
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -114,7 +114,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     Raises:
         ValueError: numbers out of these bounds.
 
-    Example:
+    Examples:
         >>> [round(end, 3) for end in wilson(8, 10)]
         [0.49, 0.943]
     """

@@ -39,7 +39,7 @@ def logit_bias(head: Head | Mapping[Head, float], model: Any, config: ControlCon
             to multiply it by a constant, such as a soft-cap.
         HeadMismatch: the head is of another width.
 
-    Example:
+    Examples:
         In OpenAI's API and vLLM b is a `logit_bias` (`save_logit_bias` writes it), in transformers a `sequence_bias`:
 
             model.generate(**inputs, sequence_bias={(i,): value for i, value in enumerate(bias.tolist())})

@@ -25,7 +25,7 @@ def lambda_returns(values: Tensor, rewards: Tensor, offsets: Tensor, td_lambda: 
     Raises:
         ValueError: λ or γ is out of bounds, or the offsets do not cut the values into one run per reward.
 
-    Example:
+    Examples:
         >>> lambda_returns(torch.tensor([0.5, 0.25, 0.0]), torch.tensor([1.0]), torch.tensor([0, 3]), 0.0)
         tensor([0.2500, 0.0000, 1.0000])
     """
@@ -64,7 +64,7 @@ def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip_ratio: float) -> T
         advantages: A, the same shape.
         clip_ratio: c > 1.
 
-    Example:
+    Examples:
         >>> clipped_gain(torch.tensor([0.0, 5.0, -5.0]), torch.tensor([1.0, 1.0, -1.0]), 2.0)
         tensor([ 1.0000,  2.0000, -0.5000])
     """

@@ -24,7 +24,7 @@ class ValueHead(Head):
     Args:
         config: shape, activation, base model, reward scale and control defaults.
 
-    Example:
+    Examples:
         >>> from hf_recontrol import ValueHeadConfig
         >>> head = ValueHead(ValueHeadConfig(hidden_size=8))
         >>> head(torch.zeros(2, 5, 8)).shape
