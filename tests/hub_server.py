@@ -21,6 +21,7 @@ import yaml
 
 TOKEN = "hf_testerMayWrite"
 READ_TOKEN = "hf_testerMayOnlyRead"
+REFUSAL = "as asked"
 
 
 @dataclass
@@ -224,7 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._tree(repository.commits[sha], "".join(f"{part}/" for part in parts[5:]))
         if action == "commit":
             return self._commit(repo_id, repository, revision, body)
-        files = [{"rfilename": name} for name in sorted(repository.commits[sha])]
+        commit, blobs = repository.commits[sha], "blobs" in self.query
+        files = [{"rfilename": name} | ({"size": len(commit[name])} if blobs else {}) for name in sorted(commit)]
         info = {"_id": "0", "id": repo_id, "sha": sha, "private": repository.private, "tags": [], "downloads": 0}
         return self._json({**info, "siblings": files})
 
@@ -244,8 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
             relation = card.get("base_model_relation")
             base = [f"base_model:{card.get('base_model')}", f"base_model:{relation}:{card.get('base_model')}"]
             tags = [*card.get("tags", []), *(base if "base_model" in card else []), str(card.get("library_name"))]
+            tags += [f"license:{card['license']}"] if "license" in card else []
             if wanted <= set(tags) and not repository.private:
-                found.append({"_id": "0", "id": repo_id, "tags": tags, "cardData": card, "downloads": len(repo_id)})
+                expanded = {"tags": tags, "cardData": card, "downloads": len(repo_id)}
+                asked = {name: expanded[name] for name in self.query.get("expand", []) if name in expanded}
+                found.append({"_id": "0", "id": repo_id, **asked})
         limit = int(self.query.get("limit", ["1000"])[0])
         return self._json(found[:limit])
 
@@ -341,7 +346,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _error(self, status: int, code: str = "", headers: Mapping[str, str] | None = None) -> None:
         coded = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
-        self._send(status, b'{"error": "as asked"}', {"Content-Type": "application/json", **coded, **(headers or {})})
+        self._send(
+            status,
+            json.dumps({"error": REFUSAL}).encode(),
+            {"Content-Type": "application/json", **coded, **(headers or {})},
+        )
 
     def _redirect(self, location: str, headers: Mapping[str, str] | None = None) -> None:
         self._send(307, b"", {"Location": location, **(headers or {})})

@@ -405,7 +405,7 @@ def test_a_later_push_without_it_takes_the_old_one_away_and_says_so(hub, pushed)
 
 def test_a_card_that_is_kept_and_silent_is_warned_of(hub, pushed):
     hub.add("user/head", {"README.md": b"mine"})
-    with pytest.warns(UserWarning, match="is kept, and does not speak of custom_generate"):
+    with pytest.warns(UserWarning, match="edited by hand and is kept: .* and of custom_generate"):
         pushed(tiny_head())
     assert files(hub)["README.md"] == b"mine"
     with warnings.catch_warnings():
@@ -414,19 +414,25 @@ def test_a_card_that_is_kept_and_silent_is_warned_of(hub, pushed):
         pushed(tiny_head(1))
 
 
-def test_where_the_second_commit_fails_the_error_says_what_is_there(hub, pushed):
+@pytest.mark.parametrize("is_there", [False, True])
+def test_where_the_second_commit_fails_the_error_says_what_is_there(hub, pushed, is_there):
     class OnlyOne(list):
         """Faults that begin with the second commit."""
 
         def __iter__(self):
-            return super().__iter__() if len(hub.repositories.get("user/head").commits) > 1 else iter(())
+            return super().__iter__() if len(hub.repositories.get("user/head").commits) > before else iter(())
 
     hub.add("user/head", {})
+    if is_there:
+        pushed(tiny_head(1))
+    before = len(hub.repositories["user/head"].commits)
     hub.fail("/commit/", status=403)
     hub.faults = OnlyOne(hub.faults)
     with pytest.raises(HeadUnavailable, match=r"was pushed to 'user/head', but without custom_generate/generate.py"):
         pushed(tiny_head())
     assert Head.from_pretrained("user/head").digest() == tiny_head().digest()
+    assert "custom_generate/generate.py" not in files(hub)  # that of the head of before is away
+    assert b"custom_generate" not in files(hub)["README.md"]
 
 
 def test_saving_can_push_it_too(hub, modules, tmp_path):

@@ -29,6 +29,7 @@ ORDER = [
     "card_tuning",
     "model_card",
     "head_format",
+    "hub_deadline",
     "head_hub",
     "head_push",
     "head_files",
@@ -226,7 +227,7 @@ def test_code_that_can_is_seen(code):
 
 
 NAMES_OF_OURS = {"getattr(self, name)", "getattr(hub_errors, name, None)"}  # of loops over names that stand there
-LOADER = ["config_checks", "head_config", "head_format", "head_hub", "head_files"]
+LOADER = ["config_checks", "head_config", "head_format", "head_hub", "head_files", "model_card"]
 
 
 @pytest.mark.parametrize("name", LOADER)

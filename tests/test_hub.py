@@ -8,8 +8,9 @@ import pytest
 import torch
 from hub_server import READ_TOKEN, TOKEN
 
-from hf_recontrol import head_hub
+from hf_recontrol import head_hub, hub_deadline
 from hf_recontrol.errors import HeadError, HeadUnavailable
+from hf_recontrol.hub_deadline import Deadline, within
 from hf_recontrol.value_head import ValueHead
 
 pytestmark = pytest.mark.versions
@@ -207,7 +208,7 @@ def test_a_body_that_breaks_off_is_no_head(hub, head, files, where):
 
 
 def test_a_hung_hub_is_left_at_the_deadline(hub, files, monkeypatch):
-    monkeypatch.setattr(head_hub, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(hub_deadline, "DEADLINE_SECONDS", 0.3)
     hub.add("user/head", files)
     hub.fail("config.json", seconds=5)
     unavailable("no answer from the Hub in time")
@@ -289,7 +290,8 @@ def test_a_card_on_the_hub_that_nobody_edited_tells_of_the_new_head(hub, head, m
 
 def test_a_card_on_the_hub_stays_unless_it_is_to_be_replaced(hub, head, make_head):
     hub.add("user/new", {"README.md": b"mine"})
-    head.push_to_hub("user/new", token=TOKEN)
+    with pytest.warns(UserWarning, match="edited by hand and is kept"):
+        head.push_to_hub("user/new", token=TOKEN)
     repository = hub.repositories["user/new"]
     assert repository.commits[repository.branches["main"]]["README.md"] == b"mine"
     make_head(seed=1).push_to_hub("user/new", token=TOKEN, replace_model_card=True)
@@ -372,12 +374,48 @@ def test_a_base_model_of_the_hub_is_named_in_the_card(hub, head):
     assert b"base_model: user/base" in repository.commits[repository.branches["main"]]["README.md"]
 
 
+@pytest.mark.parametrize("repo_id", ["user/my head", "a/b/c", "", "./head"])
+def test_a_name_that_no_repository_can_have_is_refused_before_any_request(hub, head, repo_id):
+    with pytest.raises(ValueError, match=r"no repository on the Hub can be called so. Expected is \"user/head\""):
+        head.push_to_hub(repo_id, token=TOKEN)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("status", [400, 402, 409, 413, 422])
+def test_what_the_hub_refuses_is_said_in_its_words(hub, head, status):
+    hub.fail("/commit/", status=status)
+    with pytest.raises(HeadUnavailable, match=rf"not pushed.*was refused by the Hub \({status}\).*as asked"):
+        head.push_to_hub("user/new", token=TOKEN)
+
+
+def test_words_of_the_hub_that_may_hold_a_token_are_kept_back(hub, head, monkeypatch):
+    hub.fail("/commit/", status=400)
+    monkeypatch.setattr("hub_server.REFUSAL", f"not with {TOKEN}")
+    with pytest.raises(HeadUnavailable, match="kept back") as raised:
+        head.push_to_hub("user/new", token=TOKEN)
+    assert TOKEN not in str(raised.value)
+
+
+@pytest.mark.parametrize("subfolder", ["../x", "/x", "a/../../x"])
+def test_a_subfolder_leads_into_the_repository(hub, tmp_path, subfolder):
+    for where in ("user/head", tmp_path):
+        with pytest.raises(ValueError, match="a place in the head's folder"):
+            ValueHead.from_pretrained(where, subfolder=subfolder)
+    assert hub.log == []
+
+
+def test_offline_a_push_says_what_forbids_it(hub, head, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HeadUnavailable, match=r"HF_HUB_OFFLINE=1 is set.*Unset it"):
+        head.push_to_hub("user/new", token=TOKEN)
+
+
 # The deadline itself
 
 
 def test_within_gives_the_result_or_the_error_of_the_function():
-    assert head_hub.within(5, lambda: 3) == 3
+    assert within(Deadline(), lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        head_hub.within(5, lambda: 1 // 0)
+        within(Deadline(), lambda: 1 // 0)
     with pytest.raises(TimeoutError, match="its own"), contextlib.ExitStack():
-        head_hub.within(5, lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+        within(Deadline(), lambda: (_ for _ in ()).throw(TimeoutError("its own")))

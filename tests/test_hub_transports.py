@@ -10,7 +10,7 @@ import traceback
 import pytest
 from hub_server import READ_TOKEN, TOKEN
 
-from hf_recontrol import head_hub, head_push
+from hf_recontrol import hub_deadline
 from hf_recontrol.errors import HeadError, HeadUnavailable
 from hf_recontrol.value_head import ValueHead
 
@@ -167,10 +167,7 @@ def test_a_repository_that_was_renamed_is_found_under_its_old_name(hub, head, fi
 @pytest.fixture
 def short(hub, monkeypatch):
     """A deadline of 0.4 s; what waits is woken at the end."""
-    for module in (head_hub, head_push):
-        monkeypatch.setattr(module, "DEADLINE_SECONDS", 0.4)
-    monkeypatch.setattr(head_push, "SLOWEST_BYTES_PER_SECOND", 10**9)
-    monkeypatch.setattr(head_hub, "SLOWEST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr(hub_deadline, "DEADLINE_SECONDS", 0.4)
     yield
     hub.wake()
 
@@ -193,16 +190,44 @@ def test_a_hub_that_hangs_is_left_at_the_deadline_wherever_it_does(hub, files, t
         ValueHead.from_pretrained("user/head")
 
 
+@pytest.mark.parametrize("where", ["weights", "weights' body"])
+@pytest.mark.usefixtures("short")
+def test_a_large_head_gives_a_hub_that_hangs_no_more_time(hub, make_head, transport, where):
+    """4 MB: at 100 kB/s they would take 40 s."""
+    head = make_head(1024)
+    head.push_to_hub("user/head", token=TOKEN)
+    body = {"method": "GET", "cut": 10} if where == "weights' body" else {}
+    hub.fail(weights_at(transport), seconds=60, **body)
+    start = time.monotonic()
+    with pytest.raises(HeadUnavailable, match="no answer from the Hub in time"):
+        ValueHead.from_pretrained("user/head")
+    assert time.monotonic() - start < 10
+
+
 def test_the_files_of_a_head_have_one_deadline_together(hub, files, monkeypatch):
-    waits = []
-    within = head_hub.within
-    monkeypatch.setattr(head_hub, "SLOWEST_BYTES_PER_SECOND", 10**9)
-    monkeypatch.setattr(head_hub, "within", lambda seconds, ask: waits.append(seconds) or within(seconds, ask))
+    rests, remaining = [], hub_deadline.Deadline.remaining
+    monkeypatch.setattr(hub_deadline.Deadline, "remaining", lambda self: rests.append(remaining(self)) or rests[-1])
     hub.add("user/head", files)
     hub.fail("config.json", method="HEAD", seconds=0.1)
     ValueHead.from_pretrained("user/head")
-    config, weights = waits
+    config, weights = rests
     assert weights < config - 0.05
+
+
+def test_bytes_that_come_put_the_deadline_off_if_they_come_fast_enough(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(hub_deadline.time, "monotonic", lambda: now[0])
+    deadline = hub_deadline.Deadline()
+    assert deadline.remaining() == 30
+    now[0] = 20
+    deadline.received(10**9)
+    assert deadline.remaining() == 30  # from the last byte
+    slow = hub_deadline.Deadline()
+    for second in range(1, 30):
+        now[0] = 20 + second
+        slow.received(50_000)
+    assert slow.remaining() == pytest.approx(1 + 29 * 50_000 / 100_000)
+    assert hub_deadline.Deadline(sent=10**6).remaining() == 40
 
 
 @pytest.mark.parametrize("where", ["/repos/create", "/branch/", "/revision/", "/preupload/", "/commit/"])

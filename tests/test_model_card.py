@@ -78,7 +78,8 @@ def test_the_hub_finds_the_library_the_base_model_and_the_figures():
     assert data["library_name"] == "hf-recontrol"
     assert data["pipeline_tag"] == "text-generation"
     assert (data["base_model"], data["base_model_relation"]) == ("user/base", "adapter")
-    assert data["tags"] == ["recontrol", "value-head", "test-time-alignment", "representation-editing"]
+    tags = ["recontrol", "value-head", "test-time-alignment", "representation-editing", "reward:politeness"]
+    assert data["tags"] == tags
     assert (data["license"], data["language"], data["datasets"]) == ("cc-by-4.0", "en", "user/prompts")
     (result,) = data["model-index"][0]["results"]
     assert len(result["metrics"]) == 6
@@ -172,7 +173,7 @@ def test_a_name_cannot_break_out_of_the_card(text):
     )
     data, body = split(card(hostile))
     assert card(hostile).encode()  # no lone surrogate
-    assert set(data) <= {"library_name", "pipeline_tag", "tags", "model-index", "reward"}
+    assert set(data) <= {"library_name", "pipeline_tag", "tags", "model-index"}
     _, expected = split(card(harmless))
     assert body.count("\n") == expected.count("\n")  # no line of its own
     interpreted = re.sub(r"```.*?```|(?<!\\)`[^`\n]*`", "", body, flags=re.DOTALL)

@@ -1,5 +1,6 @@
 """push and list, and the cards that go along: what a stranger wrote stays text, and the snippet runs."""
 
+import json
 import re
 import sys
 
@@ -64,12 +65,23 @@ def test_list_prints_a_table_or_that_there_is_none(hub, command):
 
 def test_what_a_stranger_wrote_is_one_printable_line(hub, command):
     front = {"base_model": BASE, "base_model_relation": "adapter", "tags": ["recontrol", "value-head"]}
-    front |= {"reward": "\x1b[2Ja\nb\u202e" + "x" * 9999, "license": ["mit"]}
+    front["tags"].append("reward:\x1b[2Ja\nb\u202e" + "x" * 9999)
+    front["license"] = ["mit"]
     hub.add("evil/head", {"README.md": f"---\n{yaml.safe_dump(front)}---\n".encode()})
     said = command("list", BASE)
     assert said.count("\n") == 2
     assert all(character.isprintable() or character == "\n" for character in said)
     assert max(map(len, said.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
+    "front", ["self: 1", "ignore_metadata_errors: true", "eval_results: [1]", "model-index: 3", "license: [[]]"]
+)
+def test_a_strangers_card_hides_no_other_head(hub, front):
+    shared(hub, "user/polite", tiny_head())
+    named = f"base_model: {BASE}\nbase_model_relation: adapter\ntags: [recontrol, value-head]\n"
+    hub.add("evil/head", {"README.md": f"---\n{named}{front}\n---\n".encode()})
+    assert "user/polite" in {head.repo_id for head in list_heads(BASE)}
 
 
 @pytest.mark.parametrize(("name", "match"), [("./model", "by its id on the Hub"), ("a b", "by its id on the Hub")])
@@ -114,12 +126,31 @@ def test_a_card_edited_in_the_folder_goes_along_and_one_on_the_hub_stays(hub, tm
     card_path.write_text(card_path.read_text() + "\nMy note.\n")
     push_head(tmp_path / "head", "user/new", token=TOKEN)
     assert files(hub, "user/new")["README.md"].endswith(b"\nMy note.\n")
-    push_head(tiny_head(1), "user/new", token=TOKEN)
+    with pytest.warns(UserWarning, match=r"edited by hand and is kept.*replace_model_card=True"):
+        push_head(tiny_head(1), "user/new", token=TOKEN)
     assert files(hub, "user/new")["README.md"].endswith(b"\nMy note.\n")
+    card_path.write_text(card_path.read_text() + "\nAnother.\n")
+    push_head(tmp_path / "head", "user/new", token=TOKEN)
+    assert files(hub, "user/new")["README.md"].endswith(b"\nAnother.\n")
     push_head(tmp_path / "head", "user/new", token=TOKEN, replace_model_card=True)
-    assert b"My note." not in files(hub, "user/new")["README.md"]
-    with pytest.warns(UserWarning, match="does not speak of custom_generate"):
-        push_head(tmp_path / "head", "user/third", token=TOKEN, custom_generate=True)
+    assert b"Another." not in files(hub, "user/new")["README.md"]
+
+
+def test_a_card_that_is_no_text_is_refused_before_anything_is_sent(hub, command, tmp_path):
+    tiny_head().save_pretrained(tmp_path / "head")
+    (tmp_path / "head" / "README.md").write_bytes("Glück".encode("latin-1"))
+    assert "The card is not UTF-8" in command("push", tmp_path / "head", "user/new", status=2)
+    assert hub.log == []
+
+
+def test_info_prints_a_strangers_config_in_ascii(command, tmp_path):
+    head = tiny_head()
+    head.config.info["note"] = "\x9b2J\u202e\x7f\ud800"
+    head.save_pretrained(tmp_path / "head")
+    said = command("info", tmp_path / "head")
+    assert said.isascii()
+    assert all(character.isprintable() or character == "\n" for character in said)
+    assert json.loads(said)["info"]["note"] == "\x9b2J\u202e\x7f\ud800"
 
 
 def test_push_says_what_is_wrong(hub, command, tmp_path, monkeypatch):
@@ -175,7 +206,7 @@ def test_no_text_breaks_out_of_the_yaml_or_the_markdown(texts, info, custom_gene
     said = card(CardFacts(repo_id, "value", base_model, revision, reward, info=info, custom_generate=custom_generate))
     _, front, body = re.split(r"^---\n", said, maxsplit=2, flags=re.MULTILINE)
     data = yaml.safe_load(front)
-    known = {"library_name", "pipeline_tag", "tags", "model-index", "reward"}
+    known = {"library_name", "pipeline_tag", "tags", "model-index"}
     assert set(data) <= known | {"base_model", "base_model_relation", "datasets", "license", "language"}
     assert data["library_name"] == "hf-recontrol"
     tokens = MarkdownIt().enable("table").parse(body)

@@ -521,5 +521,11 @@ def test_a_push_that_fails_does_not_end_the_training(tmp_path, rollouts, hub):
 
 def test_the_card_is_written_from_the_head(tmp_path, rollouts):
     trainer = fit(tmp_path, rollouts, max_steps=1)
+    trainer.create_model_card("en", "apache-2.0", dataset="user/prompts")
+    text = (tmp_path / "README.md").read_text()
+    assert text == trainer.model.model_card(tmp_path.name)
+    for line in ("license: apache-2.0", "language: en", "datasets: user/prompts"):
+        assert line in text
+    (tmp_path / "README.md").write_text("mine")
     trainer.create_model_card()
-    assert (tmp_path / "README.md").read_text() == trainer.model.model_card(tmp_path.name)
+    assert (tmp_path / "README.md").read_text() == "mine"

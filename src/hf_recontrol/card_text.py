@@ -1,5 +1,6 @@
 """What a stranger's value becomes in a card: one line of text that Markdown takes as it is, or a finite number."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +15,15 @@ def one_line(value: object) -> str:
 
 def escaped(value: object) -> str:
     """One line that Markdown shows as it is: no markup, no HTML, no link, no table cell."""
-    return "".join(
+    escaped = "".join(
         "\\" + character if character in "\\`*_{}[]()<>#+!|~&$:@" else character for character in one_line(value)
     )
+    return re.sub(r"(?i)\b(www)\.", r"\1\\.", escaped)
 
 
 def code(value: object) -> str | None:
     """One line as a code span, in which Markdown interprets nothing; None for None."""
-    return None if value is None else "`" + one_line(value).replace("`", "'").replace("|", "¦") + "`"
+    return None if value is None else "`" + (one_line(value).replace("`", "'").replace("|", "¦") or " ") + "`"
 
 
 def mapping(info: Mapping[str, Any], name: str) -> dict[str, Any]:

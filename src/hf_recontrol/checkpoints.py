@@ -12,7 +12,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from .errors import HeadMismatch, HeadUnavailable
 from .head import Head
+from .head_files import edited_card
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
+from .head_hub import CARD_NAME
 from .head_push import push_files
 from .training_args import RecontrolTrainingArguments
 
@@ -82,12 +84,28 @@ class HeadTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the head's card into output_dir anew, from head.config; Trainer's arguments are not needed."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
+    def create_model_card(  # type: ignore[override]  # the rest of what Trainer takes
+        self,
+        language: str | None = None,
+        license: str | None = None,  # noqa: A002
+        *,
+        dataset: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the head's card into output_dir, from head.config; one that was edited by hand stays.
+
+        Args:
+            language: of the texts, such as "en"; it is put into head.config.info too, as the next two are.
+            license: of the head, such as "apache-2.0".
+            dataset: what the rollouts' prompts are from: an id on the Hub.
+            kwargs: what else Trainer takes, which the head's own card has no use for.
+        """
+        said = {"language": language, "license": license, "data": dataset}
+        self.model.config.info.update({name: value for name, value in said.items() if value is not None})
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and edited_card(folder) is None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "README.md").write_text(self.model.model_card(self._repo_id()), encoding="utf-8")
+            (folder / CARD_NAME).write_text(self.model.model_card(self._repo_id()), encoding="utf-8")
 
     def _repo_id(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -120,6 +138,7 @@ class HeadTrainer(Trainer):
             private=self.args.hub_private_repo if private is None else private,
             commit_message=commit_message,
             replace_model_card=replace_model_card,
+            model_card=None if replace_model_card else edited_card(Path(self.args.output_dir)),
         )
         return url
 

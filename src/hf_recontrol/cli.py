@@ -198,7 +198,8 @@ def info(
 
     loaded = Head.from_pretrained(head, revision=revision)
     parameters = sum(p.numel() for p in loaded.parameters())
-    typer.echo(json.dumps({**loaded.config.to_dict(), "parameters": parameters}, indent=2, ensure_ascii=False))
+    shown = json.dumps({**loaded.config.to_dict(), "parameters": parameters}, indent=2)  # ASCII: it may be a stranger's
+    typer.echo(shown.replace("\x7f", "\\u007f"))
 
 
 @app.command()

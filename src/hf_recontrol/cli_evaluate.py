@@ -9,7 +9,7 @@ import typer
 
 from .card_comparison import comparison_info
 from .chat_judge import ChatJudge
-from .cli_inputs import ends_at_sigterm, language_model, named_heads, reward_functions
+from .cli_inputs import as_named, ends_at_sigterm, language_model, named_heads, reward_functions
 from .cli_rollouts import Dtype
 from .coherence import SIMCSE, Coherence
 from .comparison import Comparison
@@ -129,7 +129,7 @@ def evaluate(
     plan.check(targets)
     sampler = Sampler(language, tokenizer, max_new_tokens, batch_size, seed, stop_strings=ends)
     names = [*judges, "reward"]
-    facts: dict[str, Any] = {"model": _named(model), "dataset": f"{_named(dataset)}, {split}"}
+    facts: dict[str, Any] = {"model": as_named(model), "dataset": f"{as_named(dataset)}, {split}"}
     facts["reward"] = rewards.names[0]
     facts |= {"judges": ", ".join(one.names[0] for one in judges.values()) or "none but the reward", "seed": seed}
     facts["win rate by"] = chat_judge or next(iter(judges.values()), rewards).names[0]
@@ -147,8 +147,8 @@ def evaluate(
             comparison = Comparison(ended, list(others["prompt"]), output_dir / OTHER, answers=answers)
             rows = run.rows_of_others(comparison, references)
             facts |= {
-                "dataset": f"{_named(str(other_prompts))}, {other_split}",
-                "strengths chosen on": f"{_named(dataset)}, {tuning_split or split}",
+                "dataset": f"{as_named(str(other_prompts))}, {other_split}",
+                "strengths chosen on": f"{as_named(dataset)}, {tuning_split or split}",
             }
             typer.echo(write_report(rows, output_dir / OTHER, judges=names, facts=facts, figures=plots))
             for name, info in noted.items():
@@ -160,11 +160,6 @@ def evaluate(
         landscape, trace = close_up(sampler, tuned_on[0], plan.value_head[1])
         landscape_figure(landscape).savefig(output_dir / "landscape.png", dpi=100)
         trace_figure(trace, 0, tokenizer).savefig(output_dir / "answer.png", dpi=100)
-
-
-def _named(reference: str) -> str:
-    """A Hub id as it is; of a path the last part, since a card goes to others."""
-    return Path(reference).name if Path(reference).exists() else reference
 
 
 def _folders(head: list[str] | None) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .rewards import RewardFunc, Rewards
@@ -98,6 +99,12 @@ def named_heads(named: Sequence[str], option: str) -> dict[str, str]:
             )
         heads[name] = head
     return heads
+
+
+def as_named(reference: str) -> str:
+    """What a card says of a Hub id or a path, which goes to others: of a path its last part."""
+    path = Path(reference).expanduser()
+    return path.name if path.exists() else reference
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_inputs import as_named
 from .control_config import ControlConfig
 
 Strength = Annotated[float | None, typer.Option(help="Mean KL per token in nats, by each head's own calibration.")]
@@ -96,7 +97,7 @@ def merge(
     named = [_head_and_weight(text) for text in heads]
     loaded = _loaded(named)
     if output is not None:
-        _save_merged(loaded, config, [name for name, _ in named], output)
+        _save_merged(loaded, config, [as_named(name) for name, _ in named], output)
     if logit_bias is not None and model is not None:
         _save_bias(loaded, config, model, logit_bias)
 

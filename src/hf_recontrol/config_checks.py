@@ -11,13 +11,13 @@ MAX_STRING = 512
 MAX_INFO_BYTES = 16 * 1024
 
 
-def shown(value: object) -> str:
-    """A value from an untrusted file, fit for a terminal and a log: ASCII, at most 80 characters."""
+def shown(value: object, most: int = 80) -> str:
+    """A value from an untrusted file, fit for a terminal and a log: ASCII, at most so many characters."""
     try:
         text = ascii(value)
     except ValueError:  # an integer of more digits than Python prints
         text = f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def only_known(kind: type, values: Mapping[str, Any], where: str, version: object) -> Mapping[str, Any]:

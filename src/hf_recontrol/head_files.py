@@ -14,7 +14,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from .config_checks import shown
-from .custom_generate import check_can_stand_alone, standalone_generate
+from .custom_generate import GENERATE_NAME, check_can_stand_alone, standalone_generate
 from .errors import HeadError, HeadUnavailable
 from .head_config import HeadConfig
 from .head_format import (
@@ -29,8 +29,21 @@ from .head_format import (
     size_limit_of_weights,
 )
 from .head_hub import CARD_NAME, FolderHead, HubHead, is_hub_id, locate, package_version, too_large
-from .head_push import push_files
+from .head_push import check_card, push_files
 from .model_card import CardFacts, card, is_as_written
+
+
+def edited_card(folder: Path) -> str | None:
+    """The card that a person edited in a head's folder; None where there is none, or one as it was written.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file() or is_as_written(data := path.read_bytes()):
+        return None
+    check_card(data)
+    return data.decode("utf-8")
 
 
 class HeadFiles(nn.Module):
@@ -93,17 +106,16 @@ class HeadFiles(nn.Module):
             _write_whole(card_path, text.encode())
         _read_head(FolderHead(directory), self.config_class)
         if push_to_hub:
-            self._warn_of_local_base_model()
-            push_files(
+            self.push_to_hub(
                 name,
-                {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: card_path.read_bytes()},
                 revision=revision,
                 token=token,
                 private=private,
                 commit_message=commit_message,
                 create_pr=create_pr,
                 replace_model_card=replace_model_card,
-                generate_py=functools.partial(self._generate_py, weights) if custom_generate else None,
+                custom_generate=custom_generate,
+                model_card=edited_card(directory),
             )
 
     @classmethod
@@ -181,7 +193,7 @@ class HeadFiles(nn.Module):
             custom_generate: afterwards send custom_generate/generate.py, which steers as the head does by default where
                 this package is not installed: `model.generate(custom_generate="user/head", trust_remote_code=True)`.
                 Whoever calls that runs the repository's code. Otherwise a generate.py that is there is taken away.
-            model_card: the card's text; that of `model_card` where None.
+            model_card: the card's text, which takes the place of any card there; that of `model_card` where None.
 
         Returns:
             The URL of the commit, or of the pull request.
@@ -195,7 +207,7 @@ class HeadFiles(nn.Module):
         if custom_generate:
             self._check_can_stand_alone()
         self._warn_of_local_base_model()
-        text = self.model_card(repo_id, custom_generate=custom_generate) if model_card is None else model_card
+        text = self.model_card(repo_id) if model_card is None else model_card
         return push_files(
             repo_id,
             {CONFIG_NAME: config_bytes, WEIGHTS_NAME: weights, CARD_NAME: text.encode()},
@@ -204,8 +216,8 @@ class HeadFiles(nn.Module):
             private=private,
             commit_message=commit_message,
             create_pr=create_pr,
-            replace_model_card=replace_model_card,
-            generate_py=functools.partial(self._generate_py, weights) if custom_generate else None,
+            replace_model_card=replace_model_card or model_card is not None,
+            second=functools.partial(self._second, weights, model_card) if custom_generate else None,
         )
 
     def is_zero(self) -> bool:
@@ -217,9 +229,10 @@ class HeadFiles(nn.Module):
             raise HeadError("The head is 0 everywhere, so its custom_generate would give plain text. Train it first.")
         check_can_stand_alone(self.config)
 
-    def _generate_py(self, weights: bytes, repo_id: str, commit: str) -> str:
+    def _second(self, weights: bytes, model_card: str | None, repo_id: str, commit: str) -> dict[str, bytes]:
+        """What is pushed after the head of that commit: generate.py, and the card that speaks of it."""
         base_model = self.config.base_model_name_or_path
-        return standalone_generate(
+        generate = standalone_generate(
             self.config,
             repo_id=repo_id,
             revision=commit,
@@ -227,6 +240,8 @@ class HeadFiles(nn.Module):
             base_model=base_model if is_hub_id(base_model) else None,
             version=package_version(),
         )
+        text = self.model_card(repo_id, custom_generate=True) if model_card is None else model_card
+        return {GENERATE_NAME: generate.encode(), CARD_NAME: text.encode()}
 
     def model_card(self, repo_id: str | None = None, *, custom_generate: bool = False) -> str:
         """The text of README.md: what the config says, with the Hub's YAML. What is not known is left out."""

@@ -1,18 +1,13 @@
 """Where a head's files are: a folder, or one commit of a repository on the Hub."""
 
-import contextvars
 import errno
 import functools
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
@@ -21,11 +16,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,
 from .config_checks import shown
 from .errors import HeadError, HeadUnavailable
 from .head_format import CONFIG_NAME, WEIGHTS_NAME
+from .hub_deadline import Deadline, within
 
 CARD_NAME = "README.md"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-DEADLINE_SECONDS = 30.0
-SLOWEST_BYTES_PER_SECOND = 100_000
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 """What writing to the cache fails with when it is full, not ours, or no folder."""
 
@@ -40,7 +34,6 @@ HUB_FAILURES: tuple[type[BaseException], ...] = (
 )
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 def package_version() -> str | None:
@@ -94,8 +87,8 @@ class HubHead:
     local_files_only: bool = False
     commit: str | None = None
     """The commit that `revision` stood for when the first file was fetched."""
-    deadline: float | None = None
-    """When no answer is waited for any more, by time.monotonic(); None before the first request."""
+    deadline: Deadline | None = None
+    """Of all files together; None before the first request."""
 
     def __str__(self) -> str:
         return f"Hub repository {shown(self.repo_id)} at revision {shown(self.commit or self.revision or 'main')}"
@@ -105,16 +98,16 @@ class HubHead:
 
         Args:
             name: the file's name; nothing else is downloaded.
-            size_limit: bytes that the file can have at most; a larger one is not downloaded. All files together are
-                given 30 s, and more if they may be large.
+            size_limit: bytes that the file can have at most; a larger one is not downloaded.
             again: download it even if it is in the cache (because what is there is damaged).
 
         Raises:
             HeadUnavailable: no network, no such repository, revision or file, no access, or no answer in time.
             HeadError: the file is too large, or the repository has pickled weights instead.
         """
+        deadline = self.deadline = self.deadline or Deadline()
         try:
-            path = self._in_time(lambda: self._fetch(name, size_limit, again), size_limit / SLOWEST_BYTES_PER_SECOND)
+            path = within(deadline, lambda: self._fetch(name, size_limit, again, deadline))
         except HeadError:  # it is a ValueError, as are refusals of the Hub library
             raise
         except HUB_FAILURES as error:
@@ -124,7 +117,7 @@ class HubHead:
             logger.info("The head %s is read at commit %s.", self.repo_id, self.commit)
         return path
 
-    def _fetch(self, name: str, size_limit: int, again: bool) -> Path:
+    def _fetch(self, name: str, size_limit: int, again: bool, deadline: Deadline) -> Path:
         """The file's size is asked for first: a stranger's file may fill the disk long before the deadline."""
         revision = self.commit or self.revision
         ask = functools.partial(
@@ -148,13 +141,7 @@ class HubHead:
         )
         if not again and cached == there.local_path:  # else the file is to come, or the cache does not know the branch
             return Path(cached)
-        return Path(ask())
-
-    def _in_time(self, function: Callable[[], Result], more: float = 0.0) -> Result:
-        """function(), or TimeoutError when this head has taken 30 s and the seconds that were added to them."""
-        now = time.monotonic()
-        self.deadline = (now + DEADLINE_SECONDS if self.deadline is None else self.deadline) + more
-        return within(max(0.0, self.deadline - now), function)
+        return Path(ask(tqdm_class=deadline.bar()))
 
     def _missing_file(self, name: str, error: BaseException) -> HeadError | None:
         """What to say of a repository without `name` that has pickled weights; None when there is nothing to add."""
@@ -165,7 +152,7 @@ class HubHead:
         api = HfApi(token=self.token, library_name="hf-recontrol", library_version=package_version())
         revision = self.commit or self.revision
         try:
-            info = self._in_time(lambda: api.model_info(self.repo_id, revision=revision))
+            info = within(self.deadline or Deadline(), lambda: api.model_info(self.repo_id, revision=revision))
         except HUB_FAILURES:
             return None  # the first failure is the one to report
         folder = f"{self.subfolder}/" if self.subfolder else ""
@@ -195,6 +182,8 @@ def locate(
         repo_id, pinned = text, ""
     if pinned and revision is not None:
         raise ValueError(f"The head is {text!r} and revision={revision!r}: say the revision once.")
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f'subfolder is {shown(subfolder)}; it is a place in the head\'s folder, such as "polite".')
     directory = folder_at(repo_id)
     if directory is not None:
         if pinned or revision is not None:
@@ -233,6 +222,15 @@ def _may_be_on_the_hub(name: str) -> bool:
     return name.isascii()
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless a repository on the Hub can have this name."""
+    if not isinstance(repo_id, str) or not _may_be_on_the_hub(repo_id):
+        raise ValueError(
+            f'repo_id is {shown(repo_id)}, and no repository on the Hub can be called so. Expected is "user/head": '
+            "letters, digits, -, _ and . after the user's name and one slash."
+        )
+
+
 def checked_token(token: str | bool | None) -> str | bool | None:
     """`token`, if it can be sent. An HTTP client would quote one that cannot in its error message."""
     if isinstance(token, str) and not (token.isascii() and token.isprintable() and " " not in token):
@@ -240,29 +238,6 @@ def checked_token(token: str | bool | None) -> str | bool | None:
             "The token holds a space, a line break or another character that no token has. Pass token.strip()."
         )
     return token
-
-
-def within(seconds: float, function: Callable[[], Result]) -> Result:
-    """function(), or TimeoutError after `seconds`. The Hub library retries a hung server for minutes.
-
-    It runs in a daemon thread, which is left behind at the deadline: a download may still complete the cache, and a
-    push may still arrive.
-    """
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # handed to the waiting thread, whatever it is
-            future.set_exception(error)
-
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="hf-recontrol-hub", daemon=True).start()
-    try:
-        return future.result(timeout=seconds)
-    except TimeoutError as error:
-        if future.done():  # the function's own
-            raise
-        raise TimeoutError(f"no answer from the Hub within {seconds:.0f} s") from error
 
 
 def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavailable:
@@ -278,10 +253,12 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
 
     if any(getattr(link, "errno", None) in NO_ROOM for link in chain):
         words = "cannot be kept in the cache, which is full or cannot be written to. Make room, or pass cache_dir=."
-    elif is_a("OfflineModeIsEnabled") or (is_a("LocalEntryNotFoundError") and len(chain) == 1):
+    elif is_a("LocalEntryNotFoundError") and (len(chain) == 1 or is_a("OfflineModeIsEnabled")):
         words = (
             "is not in the cache, and HF_HUB_OFFLINE=1 or local_files_only=True forbids fetching it. Do so once online."
         )
+    elif is_a("OfflineModeIsEnabled"):
+        words = "cannot be had while HF_HUB_OFFLINE=1 is set: it takes the Hub. Unset it."
     elif is_a("GatedRepoError"):
         page = f"https://huggingface.co/{repo_id}"
         words = f"is gated. Accept its terms at {page}, then pass token= or run `hf auth login`."
@@ -298,6 +275,8 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
         words = "was changed by somebody else meanwhile (412). Look at the new commit, and push again."
     elif status == 429:
         words = "cannot be had now: too many requests (429). Wait some minutes, or pass token=."
+    elif status in (400, 402, 409, 413, 422):
+        words = f"was refused by the Hub ({status}): {_said(chain)}"
     elif status >= 500:
         words = f"cannot be had now: the Hub failed ({status}). {mend}"
     elif any(isinstance(link, TimeoutError) for link in chain):
@@ -307,6 +286,12 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
     else:
         words = f"could not be reached ({', '.join(type(link).__name__ for link in chain)}). {mend}"
     return HeadUnavailable(f"{subject} {words}")
+
+
+def _said(chain: list[BaseException]) -> str:
+    """What the Hub says of a request that it refuses."""
+    said = next((str(text) for link in chain if (text := getattr(link, "server_message", None))), "it gives no reason.")
+    return "its words are kept back, since they may hold a token." if "hf_" in said else shown(said, 500)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

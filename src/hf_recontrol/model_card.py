@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from .card_text import code, escaped, mapping, number, one_line, pair
 from .card_tuning import tuning_lines
 
 TAGS = ("recontrol", "test-time-alignment", "representation-editing")
+REWARD_TAG = "reward:"
+"""With what the reward is called; `hf-recontrol list` shows it."""
 MAX_POINTS = 24
 METRIC_NAMES = {
     "explained_variance": "Explained variance of the reward",
@@ -134,30 +135,34 @@ def card(facts: CardFacts) -> str:
     return text.rstrip("\n") + _seal(text)
 
 
+SEAL = "<!-- Written by hf-recontrol, which keeps it once it is edited: "
+
+
 def is_as_written(data: bytes) -> bool:
     """Whether a card is as `card` wrote it, in this version or another. One that a person edited is kept."""
-    text = "\n".join(data.decode("utf-8", "replace").splitlines())
-    found = re.search(r"\n\n<!-- Written by hf-recontrol[^>]*-->\s*$", text)
-    return found is not None and found[0].rstrip("\n") == _seal(text[: found.start()]).rstrip("\n")
+    text = "\n".join(data.decode("utf-8", "replace").splitlines()).rstrip()
+    above, seal, _ = text.rpartition("\n\n" + SEAL)
+    return bool(seal) and text == (above + _seal(above)).rstrip()
 
 
 def _seal(text: str) -> str:
     """A last line, which no page shows, by which an edited card is known."""
     digest = hashlib.sha256("\n".join(text.rstrip("\n").splitlines()).encode()).hexdigest()
-    return f"\n\n<!-- Written by hf-recontrol, which keeps it once it is edited: {digest[:32]} -->\n"
+    return f"\n\n{SEAL}{digest[:32]} -->\n"
 
 
 def _yaml(facts: CardFacts, results: list[EvalResult]) -> ModelCardData:
     info, base_model = facts.info, _hub_id(facts.base_model)
     dataset = _dataset_id(info.get("data"))
+    more = ["custom_generate"] if facts.custom_generate else []
+    more += [REWARD_TAG + one_line(facts.reward)] if facts.reward else []
     return ModelCardData(
         library_name="hf-recontrol",
         pipeline_tag="text-generation",
-        tags=[TAGS[0], f"{facts.kind}-head", *TAGS[1:], *(["custom_generate"] if facts.custom_generate else [])],
+        tags=[TAGS[0], f"{facts.kind}-head", *TAGS[1:], *more],
         base_model=base_model,
         base_model_relation="adapter" if base_model else None,
         datasets=dataset,
-        reward=one_line(facts.reward) if facts.reward else None,  # `hf-recontrol list` shows it
         license=_identifier(info.get("license")),
         language=_identifier(info.get("language")),
         model_name=one_line(facts.repo_id or _title(facts)) if results else None,

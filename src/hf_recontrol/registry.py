@@ -84,7 +84,8 @@ def as_head(head: "str | os.PathLike[str] | Head", *, revision: str | None = Non
 class _HeadCache:
     """Heads already read, so that each generate() does not read again: one load each, also under threads.
 
-    A folder is read again when its files change. A head on the Hub stays at the commit it was first resolved to.
+    A folder is read again when its files change. A head on the Hub stays at the commit it was first resolved to while
+    it is among the last 16; pin a revision to have it stay for good.
     """
 
     def __init__(self, size: int = 16):

@@ -11,17 +11,16 @@ from huggingface_hub import HfApi
 from .card_text import one_line
 from .config_checks import shown
 from .head import Head
+from .head_files import edited_card
 from .head_hub import (
-    CARD_NAME,
-    DEADLINE_SECONDS,
     HUB_FAILURES,
     checked_token,
     is_hub_id,
     package_version,
     unavailable,
-    within,
 )
-from .model_card import TAGS, is_as_written
+from .hub_deadline import Deadline, within
+from .model_card import REWARD_TAG, TAGS
 
 KINDS = ("value", "control")
 
@@ -64,10 +63,10 @@ def list_heads(
         raise ValueError(f'kind is {shown(kind)}; it must be "value" or "control", or None for both.')
     tags = [TAGS[0], f"base_model:adapter:{base_model}", *([f"{kind}-head"] if kind else [])]
     api = HfApi(token=checked_token(token), library_name="hf-recontrol", library_version=package_version())
-    wanted: Any = ["cardData", "downloads", "lastModified", "tags"]
+    wanted: Any = ["downloads", "lastModified", "tags"]  # no card: one that cannot be parsed would end the whole list
     try:
         found = within(
-            DEADLINE_SECONDS,
+            Deadline(),
             lambda: list(api.list_models(filter=tags, sort="downloads", limit=limit, expand=wanted)),
         )
     except HUB_FAILURES as error:
@@ -76,17 +75,17 @@ def list_heads(
 
 
 def _described(model: Any) -> SharedHead:
-    card = model.card_data.to_dict() if model.card_data is not None else {}
-    kinds = [kind for kind in KINDS if f"{kind}-head" in (model.tags or [])]
+    tags = [tag for tag in model.tags or [] if isinstance(tag, str)]
+    kinds = [kind for kind in KINDS if f"{kind}-head" in tags]
 
-    def text(name: str) -> str | None:
-        return one_line(card[name]) if isinstance(card.get(name), str) else None
+    def after(prefix: str) -> str | None:
+        return next((one_line(tag.removeprefix(prefix)) for tag in tags if tag.startswith(prefix)), None)
 
     return SharedHead(
         one_line(model.id),
         kinds[0] if len(kinds) == 1 else None,
-        text("reward"),
-        text("license"),
+        after(REWARD_TAG),
+        after("license:"),
         model.downloads,
         model.last_modified,
     )
@@ -117,11 +116,7 @@ def push_head(
         HeadError, HeadUnavailable, ValueError: as of `Head.from_pretrained` and `Head.push_to_hub`.
     """
     loaded = head if isinstance(head, Head) else Head.from_pretrained(head, token=token)
-    edited = None
-    if not isinstance(head, Head) and not replace_model_card:
-        card = Path(head).expanduser() / CARD_NAME
-        data = card.read_bytes() if card.is_file() else None
-        edited = None if data is None or is_as_written(data) else data.decode("utf-8")
+    edited = None if isinstance(head, Head) or replace_model_card else edited_card(Path(head).expanduser())
     return loaded.push_to_hub(
         repo_id,
         revision=revision,
