@@ -169,17 +169,20 @@ def test_a_value_head_is_trained_in_rounds_by_train_value(command, files, tmp_pa
     assert Head.from_pretrained(tmp_path).config.hidden_size == 16
 
 
-def test_sigterm_ends_a_training_without_a_traceback(rollouts, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_with_a_checkpoint_and_without_a_traceback(rollouts, tmp_path, signum):
     command = [sys.executable, "-m", "hf_recontrol", "train", "--rollouts", rollouts, "--output_dir", str(tmp_path)]
-    options = ("--num_train_epochs", "100000", "--use_cpu", "--save_steps", "50")
+    options = ("--num_train_epochs", "100000", "--use_cpu", "--save_steps", "50", "--save_total_limit", "2")
     process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signum)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, error
+    assert process.returncode == 128 + signum, error
     assert "Traceback" not in error
+    step = int(re.search(r"stopped at step (\d+), which .* keeps", error)[1])
+    assert (tmp_path / f"checkpoint-{step}" / "model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # Trainer's, beside conftest's environment

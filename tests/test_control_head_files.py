@@ -319,7 +319,13 @@ def test_the_card_of_a_control_head_says_its_kind_its_scale_and_its_calibration(
     info = {"calibration": {"states": 2048}, "training": {"answers": 6000, "beta": 0.1}}
     head = tiny_control_head(reward=RewardScale("politeness", 0.25, 1.5), control=control, info=info)
     data, body = split(head.model_card("user/polite"))
-    assert data["tags"] == ["recontrol", "control-head", "test-time-alignment", "representation-editing"]
+    assert data["tags"] == [
+        "recontrol",
+        "control-head",
+        "test-time-alignment",
+        "representation-editing",
+        "reward:politeness",
+    ]
     for words in (
         "A control head for the Python package",
         "u = f(h)",
@@ -359,7 +365,7 @@ def test_the_card_of_a_value_head_says_what_it_always_did():
     control = head.config.control
     control.strength, control.calibration, head.config.info = 0.1, [[0.1, 0.5]], {"training": {"answers": 3}}
     data, body = split(head.model_card())
-    assert data["tags"] == ["recontrol", "value-head", "test-time-alignment", "representation-editing"]
+    assert data["tags"] == ["recontrol", "value-head", "test-time-alignment", "representation-editing", "reward:reward"]
     for words in (
         "# Value head",
         "A value head for the Python package",

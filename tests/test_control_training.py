@@ -229,6 +229,13 @@ def test_accumulated_batches_train_as_one_batch_of_all_their_tokens(tmp_path, ro
     torch.testing.assert_close(parts, trained("whole", per_device_train_batch_size=8), rtol=1e-4, atol=1e-5)
 
 
+def test_the_figures_of_a_run_have_intervals(tmp_path, rollouts, model):
+    evaluation = fit(tmp_path, rollouts, model, max_steps=3).model.config.info["evaluation"]
+    for name in ("gain", "kl_per_answer", "kl_per_token"):
+        low, high = evaluation[f"{name}_interval"]
+        assert low < evaluation[name] < high
+
+
 def test_a_resumed_run_ends_bit_for_bit_as_a_whole_one(tmp_path, rollouts, model):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
     fit(tmp_path / "whole", rollouts, model, **settings)

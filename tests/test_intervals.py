@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_recontrol import intervals
-from hf_recontrol.intervals import crossed_bootstrap, paired_bootstrap, wilson
+from hf_recontrol.intervals import crossed_bootstrap, paired_bootstrap, ratio_interval, wilson
 
 
 def scores(n=40, answers=3, seed=0):
@@ -116,6 +116,21 @@ def test_the_crossed_interval_covers_the_truth_about_as_often_as_it_says():
 def test_gains_that_are_not_runs_by_prompts_are_refused(gains):
     with pytest.raises(ValueError, match=r"\(runs, prompts\)"):
         crossed_bootstrap(gains)
+
+
+def test_the_interval_of_a_ratio_is_as_wide_as_its_prompts_differ():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(100, 1, generator=generator).expand(100, 4).flatten()  # four answers, all alike
+    ones, together = torch.ones(400), [i // 4 for i in range(400)]
+    low, high = ratio_interval(prompts, ones, together)
+    mean, error = float(prompts.mean()), float(prompts.std()) / 10
+    assert (low, high) == (pytest.approx(mean - 1.96 * error, abs=0.03), pytest.approx(mean + 1.96 * error, abs=0.03))
+    alone = ratio_interval(prompts, ones, range(400))
+    assert alone[1] - alone[0] == pytest.approx((high - low) / 2, rel=0.1)
+    halved = ratio_interval(prompts, 2 * ones, together)
+    assert halved == (pytest.approx(low / 2), pytest.approx(high / 2))
+    assert ratio_interval([1.0, 2.0], [1.0, 1.0], ["a", "a"]) is None
+    assert ratio_interval([1.0, 2.0], [0.0, 1.0], ["a", "b"]) is None
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,16 @@ def test_the_curves_of_a_run_are_in_its_checkpoints_and_in_the_card(tmp_path, ro
     assert f"| `eval_loss` | 3: {curves['eval_loss'][0][1]:.4g}, 6:" in trainer.model.model_card()
 
 
+def test_the_figures_of_a_run_have_a_seed_and_an_interval_in_its_card(tmp_path, rollouts):
+    trainer = fit(tmp_path, rollouts, max_steps=2, seed=7)
+    evaluation = trainer.model.config.info["evaluation"]
+    low, high = evaluation["explained_variance_interval"]
+    assert low < evaluation["explained_variance"] < high
+    assert evaluation["seed"] == 7
+    assert f"{evaluation['explained_variance']:.4g} [{low:.4g}, {high:.4g}]" in trainer.model.model_card()
+    assert "seed 7; in brackets 95 % intervals" in trainer.model.model_card()
+
+
 def test_what_is_evaluated_after_the_run_is_no_part_of_it(tmp_path, rollouts):
     trainer = fit(tmp_path, rollouts, max_steps=2, logging_steps=1)
     before = json.dumps(trainer.model.config.info["curves"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import signal
 import tempfile
 import time
 from dataclasses import replace
@@ -128,8 +129,7 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
         )
         metrics = head.config.info["evaluation"]
     elif options.kind in LINEAR:
-        resume = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "last") else resume)
+        _train(trainer, args)
         metrics = head.config.info["evaluation"]
     else:
         metrics = _evaluate(trainer)
@@ -144,6 +144,22 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
     if args.push_to_hub:
         trainer.push_to_hub()
     _report(options.kind, metrics, beside, len(held_out), args.output_dir)
+
+
+def _train(trainer: RecontrolTrainer, args: RecontrolTrainingArguments) -> None:
+    """Ctrl-C keeps a checkpoint too; once more, and it ends at once."""
+    trainer.termination.signals.append(signal.SIGINT)
+    resume = args.resume_from_checkpoint
+    try:
+        trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "last") else resume)
+    except SystemExit:
+        if is_first_process() and args.save_strategy != SaveStrategy.NO:
+            typer.echo(
+                f"hf-recontrol: stopped at step {trainer.state.global_step}, which {args.output_dir} keeps. To go on, "
+                "add --resume_from_checkpoint true.",
+                err=True,
+            )
+        raise
 
 
 def _evaluate(trainer: RecontrolTrainer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .fitting import batches, check_answers, fit_linear_head, float64_device, se
 from .forwards import logits_at_once, logits_of, steered_logits
 from .head_config import ControlHeadConfig
 from .kl_bound import kl_of_logs, log_softmax
-from .objectives import clipped_gain, lambda_returns
+from .objectives import answer_sums, clipped_gain, lambda_returns
 from .value_head import ValueHead
 
 
@@ -283,4 +283,15 @@ class ControlObjective:
             "kl_per_token": float(kl.mean()),
             "kl_per_answer": float(kl.sum()) / answers,
             "clipped": float((log_ratios.abs() > math.log(self.clip_ratio)).double().mean()),
+        }
+
+    def ratios(self, observed: Tensor, rewards: Tensor, offsets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The metrics that are a ratio of sums over answers: float64 (answers,) each. For their intervals."""
+        log_ratios, kl, advantages = observed.double().unbind(-1)
+        gains, spent = answer_sums((log_ratios.exp() - 1) * advantages, offsets), answer_sums(kl, offsets)
+        answers = torch.ones_like(gains)
+        return {
+            "gain": (gains, answers),
+            "kl_per_answer": (spent, answers),
+            "kl_per_token": (spent, offsets.diff().double()),
         }

@@ -1,6 +1,7 @@
 """Confidence intervals of gains and of shares."""
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -95,6 +96,42 @@ def crossed_bootstrap(gains: Any, *, resamples: int = 10_000, seed: int = 0, con
         means.append(drawn[torch.randint(prompts, (prompts,), generator=generator)].mean())
     low, high = (float(torch.stack(means).quantile((1 + side * confidence) / 2)) for side in (-1, 1))
     return Gain(float(gains.mean()), low, high, n=prompts)
+
+
+def ratio_interval(
+    numerators: Any,
+    denominators: Any,
+    groups: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float] | None:
+    """Percentile interval of Σ numerators / Σ denominators, of a bootstrap over groups, such as prompts.
+
+    Args:
+        numerators: float (answers,).
+        denominators: float (answers,), ≥ 0.
+        groups: what each answer belongs to; they are drawn whole, since answers to one prompt are not independent.
+        resamples, seed, confidence: as for paired_bootstrap.
+
+    Returns:
+        (low, high); None where there are fewer than two groups, or some draws have nothing to divide by.
+    """
+    places = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([places[group] for group in groups])
+    sums = torch.zeros(2, len(places), dtype=torch.float64)
+    parts = torch.stack([torch.as_tensor(part, dtype=torch.float64).cpu() for part in (numerators, denominators)])
+    sums.index_add_(1, index, parts)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.stack(
+        [sums[:, torch.randint(len(places), (len(places),), generator=generator)].sum(1) for _ in range(resamples)]
+    )
+    ratios = draws[:, 0] / draws[:, 1]
+    if len(places) < 2 or not ratios.isfinite().all():
+        return None
+    low, high = (float(ratios.quantile((1 + side * confidence) / 2)) for side in (-1, 1))
+    return low, high
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

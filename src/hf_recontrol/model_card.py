@@ -107,7 +107,6 @@ def card(facts: CardFacts) -> str:
     """
     results = _results(facts)
     base_model = _hub_id(facts.base_model)
-    answers = number(mapping(facts.info, "evaluation").get("answers"))
     shown_results = [(escaped(result.metric_name), _with_interval(result)) for result in results]
     text: str = ModelCard.from_template(
         _yaml(facts, [*results, *_gains(facts)]),
@@ -128,7 +127,7 @@ def card(facts: CardFacts) -> str:
         training=list(_training(facts)),
         curves=list(_curves(facts)),
         evaluation=shown_results,
-        evaluation_note=f"On {answers} held-out answers." if answers else "On held-out answers.",
+        evaluation_note=_evaluation_note(facts),
         comparison=comparison_lines(facts.info),
         tuning=tuning_lines(facts.info),
     ).content
@@ -268,6 +267,15 @@ def _gains(facts: CardFacts) -> list[EvalResult]:
         )
         for gain in comparison_gains(facts.info)
     ]
+
+
+def _evaluation_note(facts: CardFacts) -> str:
+    evaluation = mapping(facts.info, "evaluation")
+    answers, seed = number(evaluation.get("answers")), number(evaluation.get("seed"))
+    note = f"On {answers} held-out answers" if answers else "On held-out answers"
+    note += "" if seed is None else f", seed {seed}"
+    has_intervals = any(name.endswith("_interval") for name in evaluation)
+    return note + ("; in brackets 95 % intervals of a bootstrap over prompts." if has_intervals else ".")
 
 
 def _with_interval(result: EvalResult) -> str:

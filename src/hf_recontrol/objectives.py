@@ -52,6 +52,11 @@ def tokens_left(offsets: Tensor) -> Tensor:
     return last - 1 - torch.arange(len(last), device=last.device)
 
 
+def answer_sums(of_tokens: Tensor, offsets: Tensor) -> Tensor:
+    """The sum over each answer's tokens, (answers,)."""
+    return torch.stack([part.sum() for part in of_tokens.split(offsets.diff().tolist())])
+
+
 def clipped_gain(log_ratios: Tensor, advantages: Tensor, clip_ratio: float) -> Tensor:
     """min(ρA, clip(ρ, 1/c, c)A) with ρ = p_u(y)/p_old(y): what a control gains at tokens that p_old chose.
 

@@ -85,6 +85,11 @@ class RolloutDataset(Dataset[dict[str, Any]]):
         }
 
     @property
+    def prompt_hashes(self) -> list[str]:
+        """What the prompt of each item is known by: prompts of the same text share it."""
+        return [self._rows[answer].prompt_hash for answer in self._usable]
+
+    @property
     def hidden_size(self) -> int:
         return int(self._shards[0]["hidden_states"].shape[1])
 

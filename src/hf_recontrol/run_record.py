@@ -5,11 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config_checks import MAX_INFO_BYTES
 from .fitting import parts_of
 from .head import Head
+from .intervals import ratio_interval
+from .rollout_dataset import RolloutDataset
 from .training_args import RecontrolTrainingArguments
 
 MOST_POINTS = 24
@@ -97,13 +101,32 @@ def settings(
     return facts | ({"beta": args.beta, "clip_ratio": args.clip_ratio} if control else {})
 
 
-def figures(metrics: Mapping[str, float], eval_dataset: Any) -> dict[str, Any]:
-    """config.info["evaluation"], as the card reads it: evaluate()'s metrics, less what depends on the machine."""
+def figures(
+    metrics: Mapping[str, float], eval_dataset: Any, ratios: Mapping[str, tuple[Tensor, Tensor]], seed: int
+) -> dict[str, Any]:
+    """config.info["evaluation"], as the card reads it: evaluate()'s metrics, less what depends on the machine.
+
+    Args:
+        ratios: of metrics that are ratios of sums over answers, the numerators and denominators, (answers,): they get
+            a 95 % interval over prompts.
+        seed: of the training.
+    """
     kept = {name: value for name, value in metrics.items() if not name.endswith(TIMINGS)}
     found: dict[str, Any] = {name.removeprefix("eval_"): value for name, value in kept.items()}
     if not isinstance(eval_dataset, dict):
         quarters = [name for name in found if name.startswith("rank_correlation_q")]
         if quarters:
             found["rank_correlation"] = [found.pop(name) for name in quarters]
-        found["answers"] = len(eval_dataset)
+        prompts = prompts_of(eval_dataset)
+        for name, (numerators, denominators) in ratios.items():
+            if name in found and prompts and (interval := ratio_interval(numerators, denominators, prompts)):
+                found[f"{name}_interval"] = [float(f"{end:.4g}") for end in interval]
+        found |= {"answers": len(eval_dataset), "seed": seed}
     return found
+
+
+def prompts_of(dataset: Any) -> list[str]:
+    """What prompt each answer of rollouts belongs to; none where the dataset does not say."""
+    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    known = [part.prompt_hashes for part in parts if isinstance(part, RolloutDataset)]
+    return [prompt for part in known for prompt in part] if len(known) == len(parts) else []

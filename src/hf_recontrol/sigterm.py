@@ -1,4 +1,7 @@
-"""SIGTERM while a head is trained, as schedulers send it before they take a machine: a checkpoint, then exit 143."""
+"""SIGTERM while a head is trained, as schedulers send it before they take a machine: a checkpoint, then exit 143.
+
+In a shell Ctrl-C does the same, and ends with 130.
+"""
 
 import signal
 import threading
@@ -9,38 +12,47 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-EXIT_STATUS = 128 + signal.SIGTERM
-
 
 class Termination(TrainerCallback):
-    """Ends the training after the optimiser step in which SIGTERM came, with a checkpoint unless save_strategy is "no".
+    """Ends the training after the step in which a signal came, with a checkpoint unless save_strategy is "no".
 
     transformers' own enable_jit_checkpoint waits 3 seconds, may save in the middle of a step, keeps its handler after
     an exception, and lets the process end with 0.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        """Whether this process was sent SIGTERM."""
+        self.signals = [signal.SIGTERM]
+        """What ends the training; in a notebook Ctrl-C is an interrupt as ever."""
+        self.received = 0
+        """The signal that this process was sent, if it was."""
         self.due = False
         """Whether any was, and all of them end with this step. See RecontrolTrainer.get_batch_samples."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """SIGTERM is noted in here, and handled as before afterwards. Only the main thread has signals."""
-        self.received = self.due = False
-        before = signal.getsignal(signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread() or before is None:  # None: a handler not Python's
+        """A signal is noted in here, and handled as before afterwards. Only the main thread has signals."""
+        self.received, self.due = 0, False
+        handlers = {one: handler for one in self.signals if (handler := signal.getsignal(one)) != signal.SIG_IGN}
+        if threading.current_thread() is not threading.main_thread() or None in handlers.values():  # not Python's
             yield
             return
-        signal.signal(signal.SIGTERM, self._note)
+        for signum in handlers:
+            signal.signal(signum, self._note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    @property
+    def exit_status(self) -> int:
+        """As a process has that the signal ended."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def _note(self, signum: int, frame: object) -> None:
-        self.received = True
+        if self.received == signum == signal.SIGINT:  # asked twice
+            raise KeyboardInterrupt
+        self.received = signum
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, and save."""

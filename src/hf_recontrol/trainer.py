@@ -29,7 +29,7 @@ from .fitting import (
 from .head import Head
 from .keywords import check_base_model
 from .run_record import RunRecord, figures, settings
-from .sigterm import EXIT_STATUS, Termination
+from .sigterm import Termination
 from .training_args import RecontrolTrainingArguments
 from .value_fitting import ValueObjective
 from .value_head import ValueHead
@@ -167,6 +167,7 @@ class RecontrolTrainer(HeadTrainer):
         self.base_model = base_model
         self.objective = self._objective(critic, behavior)
         self._evaluation: tuple[int, dict[str, Any]] | None = None
+        self._ratios: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _objective(self, critic: ValueHead | None, behavior: Controller | None) -> ValueObjective | ControlObjective:
         args, head = self.args, self.model
@@ -203,7 +204,7 @@ class RecontrolTrainer(HeadTrainer):
         if self.args.world_size == 1:
             return batches, torch.tensor(sum(len(batch["hidden_states"]) for batch in batches), device=device)
         self._count_once(batches)
-        own = [sum(batch["counted"] for batch in batches), self.termination.received]
+        own = [sum(batch["counted"] for batch in batches), bool(self.termination.received)]
         tokens, terminated = self.accelerator.gather(torch.tensor([own], device=device)).sum(0)
         self.termination.due = bool(terminated)
         return batches, tokens
@@ -271,6 +272,7 @@ class RecontrolTrainer(HeadTrainer):
         rewards, lengths = (torch.as_tensor(labels) for labels in prediction.label_ids)
         observed = padded[torch.arange(padded.shape[1]) < lengths[:, None]]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        self._ratios = self.objective.ratios(observed, rewards, offsets)
         return self.objective.metrics(observed, rewards, offsets)
 
     def evaluate(
@@ -284,7 +286,8 @@ class RecontrolTrainer(HeadTrainer):
         if not self.is_in_train:
             self._restore_forward()
         if eval_dataset is None and metric_key_prefix == "eval":
-            self._evaluation = (self.state.global_step, figures(metrics, self.eval_dataset))
+            found = figures(metrics, self.eval_dataset, self._ratios, self.args.seed)
+            self._evaluation = (self.state.global_step, found)
         return metrics
 
     def train(
@@ -315,7 +318,7 @@ class RecontrolTrainer(HeadTrainer):
                 output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             if self.termination.received or self.termination.due:
                 self._leave_group()
-                raise SystemExit(EXIT_STATUS)
+                raise SystemExit(self.termination.exit_status)
             stale = self._evaluation is None or self._evaluation[0] != self.state.global_step
             if self.eval_dataset is not None and (stale or self.args.load_best_model_at_end):
                 self.evaluate()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .fitting import fit_linear_head, float64_device
-from .objectives import lambda_returns
+from .objectives import answer_sums, lambda_returns
 from .value_head import ValueHead
 
 
@@ -117,6 +117,15 @@ class ValueObjective:
         linear = observed[:, 1] if observed.shape[1] > 1 else None
         rewards = self._standardized(rewards)
         return value_metrics(observed[:, 0], rewards, offsets, self.td_lambda, linear, gamma=self.gamma)
+
+    def ratios(self, observed: Tensor, rewards: Tensor, offsets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The metrics that are a ratio of sums over answers: float64 (answers,) each. For their intervals."""
+        values = observed[:, 0].double()
+        rewards = self._standardized(rewards).double()
+        returns = lambda_returns(values, rewards, offsets, 1.0, self.gamma)
+        total = (returns - returns.mean()).square()
+        explained = total - (returns - values).square()
+        return {"explained_variance": (answer_sums(explained, offsets), answer_sums(total, offsets))}
 
     def _standardized(self, rewards: Tensor) -> Tensor:
         scale = self.head.config.reward
