@@ -24,6 +24,12 @@ def test_help_names_the_commands():
     assert all(name in process.stdout for name in ("demo", "generate", "info", "serve", "tune"))
 
 
+def test_the_version_is_that_of_the_package(command):
+    from importlib.metadata import version
+
+    assert command("--version") == f"{version('hf-recontrol')}\n"
+
+
 def test_info_is_the_heads_config(command):
     config = json.loads(command("info", FOLDER / "value_head"))
     assert config["kind"] == "value"

@@ -130,8 +130,13 @@ def _spy(tqdm, seen):
         ({"--reward": "FILE:three_words"}, "has no function 'three_words'. It has ['broken', 'slow', 'two_words']"),
         ({"--reward": "FILE:NUMBER"}, "has no function 'NUMBER'"),
         ({"--reward": "nowhere.py:reward"}, "there is no file 'nowhere.py'"),
+        ({"--reward": "TYPO"}, "typo.py cannot be run: SyntaxError: '[' was never closed (line 2)"),
+        ({"--reward": "RAISES"}, "raises.py cannot be run: ModuleNotFoundError: No module named 'nosuch' (line 1)"),
         ({"--reward": "MODEL"}, "not a reward model"),
+        ({"--dataset": "nowhere.jsonl"}, "There is no file nowhere.jsonl"),
+        ({"--dataset": "VOID"}, "void.jsonl is empty"),
         ({"--reward": "FILE:broken", "--retries": "0"}, "'broken' failed on 10 answers, of 40"),
+        ({"--reward": "FILE:broken", "--retries": "0"}, "(rewards.py, line "),
         ({"--model": "no/such-folder/here"}, "no/such-folder/here"),
         ({"--generation-kwargs": "[1]"}, "must be a JSON object"),
         ({"--generation-kwargs": "{"}, "is no JSON"),
@@ -141,11 +146,15 @@ def _spy(tqdm, seen):
 )
 def test_a_users_error_is_one_line_and_status_2(command, files, tmp_path, change, words):
     options = {"--model": files.model, "--dataset": files.prompts, "--reward": files.judge} | change
-    put = {"FILE": files.rewards, "MODEL": files.model}
+    put = {"FILE": files.rewards, "MODEL": files.model, "VOID": str(tmp_path / "void.jsonl")}
+    put |= {"TYPO": f"{tmp_path}/typo.py:reward", "RAISES": f"{tmp_path}/raises.py:reward"}
+    (tmp_path / "void.jsonl").touch()
+    (tmp_path / "typo.py").write_text("def reward(completions, **_):\n    return [1.0 for _ in completions\n")
+    (tmp_path / "raises.py").write_text("import nosuch\n")
     arguments = [text for pair in options.items() for text in pair]
     for short, path in put.items():
         arguments = [text.replace(short, path) for text in arguments]
-    error = command("rollouts", *arguments, "--output-dir", tmp_path, *SMALL, status=2).strip().splitlines()
+    error = command("rollouts", *arguments, "--output-dir", tmp_path / "out", *SMALL, status=2).strip().splitlines()
     assert words in error[-1]
     assert sum(line.startswith("hf-recontrol:") for line in error) == 1
 

@@ -50,13 +50,14 @@ def test_a_head_of_each_kind_is_fitted_measured_and_saved(command, files, rollou
     assert head.config.kind == {"linear": "value", "constant": "control"}.get(kind, kind)
     assert "held-out answers:" in printed
     assert f"Saved in {tmp_path / 'out'}." in printed
+    assert ("It has no calibration" in printed) == (not model)
     assert ("explained variance" in printed) == (head.config.kind == "value")
     if kind in ("value", "linear"):
         assert "nan" not in printed
     if kind == "value":
-        assert re.search(r"explained variance +\S+  \(linear head: \S+\)", printed)
+        assert re.search(r"explained variance +\S+ \[\S+, \S+\]  \(linear head: \S+\)", printed)
     if kind == "control":
-        assert re.search(r"gain +\S+  \(constant control: \S+\)", printed)
+        assert re.search(r"gain +\S+ \[\S+, \S+\]  \(constant control: \S+\)", printed)
     assert bool(head.config.control.calibration) == bool(model)
 
 

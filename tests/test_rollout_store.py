@@ -77,6 +77,13 @@ def test_a_store_opened_again_knows_what_is_committed_and_goes_on(tmp_path):
     assert len(RolloutDataset(tmp_path)) == 6
 
 
+def test_a_folder_in_which_nothing_was_committed_may_be_begun_with_other_settings(tmp_path):
+    RolloutStore(tmp_path, FINGERPRINT | {"seed": 99}).close()
+    with RolloutStore(tmp_path, FINGERPRINT) as store:
+        store.commit(*block(0))
+    assert RolloutDataset(tmp_path).fingerprint == FINGERPRINT
+
+
 def test_another_fingerprint_is_refused_and_the_fields_are_named(tmp_path):
     write(tmp_path, 0)
     before = contents(tmp_path)

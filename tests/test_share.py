@@ -112,6 +112,15 @@ def test_push_sends_a_folder_and_prints_where_it_is(hub, command, logged_in, tmp
     assert Head.from_pretrained("user/new", token=TOKEN).digest() == tiny_head().digest()
 
 
+def test_a_head_of_a_model_in_a_folder_is_pushed_with_the_models_id(hub, command, logged_in, tmp_path):
+    head = tiny_head()
+    head.config.base_model_name_or_path = "./somewhere"
+    head.save_pretrained(tmp_path / "head")
+    command("push", tmp_path / "head", "user/new", "--base-model", BASE)
+    assert [found.repo_id for found in list_heads(BASE)] == ["user/new"]
+    assert "expected is an id" in command("push", tmp_path / "head", "user/new", "--base-model", "./x", status=2)
+
+
 def test_push_takes_a_branch_and_a_pull_request(hub, command, logged_in, tmp_path):
     tiny_head().save_pretrained(tmp_path / "head")
     command("push", tmp_path / "head", "user/new", "--revision", "v1")

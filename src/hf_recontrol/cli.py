@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from .cli_share import list_, merge, push
 from .cli_train import train
 from .cli_tune import tune
 from .errors import CollectError, HeadError, HeadMismatch, HeadUnavailable, SteeringNotApplied
+from .head_hub import package_version
 
 USER_ERRORS = (
     CollectError,
@@ -63,6 +65,21 @@ Strength = Annotated[
 ]
 MaxKL = Annotated[float | None, typer.Option(help="No token's KL above it, in nats; 4 × the strength where not given.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(package_version() or "unknown")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -240,6 +257,7 @@ def serve(
 
 def main() -> None:
     """The console script: a user's error is one line and exit status 2."""
+    warnings.formatwarning = lambda message, *_: f"hf-recontrol: {message}\n"  # no line of our source
     try:
         app()
     except USER_ERRORS as error:

@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,10 @@ def function_or_name(text: str, option: str) -> Any:
         raise ValueError(f"{option} is {text!r}, but there is no file {path!r}. Give file.py:function.")
     # As `python file.py` would: the user's own file, which the user names on this command line. No dataset, config.json
     # or other data is ever asked for the name of a function.
-    found = runpy.run_path(path)
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:  # whatever the file's own code raises
+        raise ValueError(f"{option} is {text!r}, but {path} cannot be run: {_told(error, path)}.") from error
     if not callable(found.get(name)):
         functions = sorted(key for key, value in found.items() if callable(value) and not key.startswith("_"))
         raise ValueError(f"{option} is {text!r}, but {path} has no function {name!r}. It has {functions}.")
@@ -99,6 +103,14 @@ def named_heads(named: Sequence[str], option: str) -> dict[str, str]:
             )
         heads[name] = head
     return heads
+
+
+def _told(error: Exception, path: str) -> str:
+    """Class, message and line of an error in the user's file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {message}" + (f" (line {where})" if where else "")
 
 
 def as_named(reference: str) -> str:

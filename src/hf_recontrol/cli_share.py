@@ -29,6 +29,10 @@ def push(
             help="Also send custom_generate/generate.py, which steers where this package is not installed.",
         ),
     ] = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The base model's id on the Hub, of a head that was trained on a model in a folder."),
+    ] = None,
     replace_model_card: Annotated[
         bool, typer.Option("--replace-model-card", help="Write the card anew, even if it was edited by hand.")
     ] = False,
@@ -40,6 +44,7 @@ def push(
     url = push_head(
         head,
         repo_id,
+        base_model=base_model,
         private=private,
         revision=revision,
         create_pr=create_pr,

@@ -143,7 +143,8 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
     _save(head, args)
     if args.push_to_hub:
         trainer.push_to_hub()
-    _report(options.kind, metrics, beside, len(held_out), args.output_dir)
+    calibrated = bool(head.config.control.calibration)
+    _report(options.kind, metrics, beside, len(held_out), args.output_dir, calibrated=calibrated)
 
 
 def _train(trainer: RecontrolTrainer, args: RecontrolTrainingArguments) -> None:
@@ -207,7 +208,7 @@ def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> N
             private=args.hub_private_repo,
         )
     evaluation = head.config.info["evaluation"]
-    _report(options.kind, evaluation, {}, evaluation.get("answers"), args.output_dir)
+    _report(options.kind, evaluation, {}, evaluation.get("answers"), args.output_dir, calibrated=True)
 
 
 def _save(head: Head, args: RecontrolTrainingArguments) -> None:
@@ -215,19 +216,30 @@ def _save(head: Head, args: RecontrolTrainingArguments) -> None:
         head.save_pretrained(args.output_dir)
 
 
-def _report(kind: str, metrics: dict[str, Any], beside: dict[str, Any], answers: int | None, folder: str) -> None:
+def _report(
+    kind: str, metrics: dict[str, Any], beside: dict[str, Any], answers: int | None, folder: str, *, calibrated: bool
+) -> None:
     """The held-out metrics, beside those of the simplest head of the kind; where the head is."""
     if not is_first_process():
         return
     typer.echo(f"\nOn {answers} held-out answers:")
     for name, value in metrics.items():
-        if name.endswith(("_linear", "_runtime", "_per_second", "_preparation_time")) or name in ("epoch", "answers"):
+        if name.endswith(("_linear", "_interval", "_runtime", "_per_second", "_preparation_time")):
+            continue
+        if name in ("epoch", "answers", "seed"):
             continue
         other = metrics.get(f"{name}_linear", beside.get(name))
         text = " ".join(f"{number:.4g}" for number in (value if isinstance(value, list) else [value]))
+        if interval := metrics.get(f"{name}_interval"):
+            text += f" [{interval[0]:.4g}, {interval[1]:.4g}]"
         compared = f"  ({LINEAR[kind]}: {other:.4g})" if kind in LINEAR and other is not None else ""
         typer.echo(f"  {name.replace('_', ' '):<24}{text}{compared}")
     typer.echo(f"Saved in {folder}.")
+    if not calibrated:
+        typer.echo(
+            "It has no calibration, and so no strength, yet: "
+            f"hf-recontrol tune {folder} --calibrate --model MODEL --rollouts FOLDER"
+        )
 
 
 class _Measured(Exception):  # noqa: N818 (no error: it ends a training that has been timed)

@@ -111,7 +111,8 @@ class HubHead:
         except HeadError:  # it is a ValueError, as are refusals of the Hub library
             raise
         except HUB_FAILURES as error:
-            raise self._missing_file(name, error) or unavailable(error, f"The head in {self}", self.repo_id) from error
+            subject = f"The head in {self} (no folder here is called so)"
+            raise self._missing_file(name, error) or unavailable(error, subject, self.repo_id) from error
         if self.commit is None:  # <cache>/models--…/snapshots/<commit>/[subfolder/]name
             self.commit = path.parents[len(Path(self.subfolder or "").parts)].name
             logger.info("The head %s is read at commit %s.", self.repo_id, self.commit)
@@ -267,7 +268,7 @@ def unavailable(error: BaseException, subject: str, repo_id: str) -> HeadUnavail
     elif status == 403:
         words = "does not admit this token (403). Pass one with the right access, or run `hf auth login`."
     elif is_a("RepositoryNotFoundError"):
-        words = "does not exist, or is private. Check the id (no folder here is called so); for a private one pass "
+        words = "does not exist, or is private. Check the id; for a private one pass "
         words += "token= or run `hf auth login`."
     elif status == 401 or is_a("LocalTokenNotFoundError"):
         words = "needs a valid token (401). Pass token= or run `hf auth login`."

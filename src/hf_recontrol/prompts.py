@@ -153,6 +153,10 @@ def _read(datasets: Any, path: str, split: str, name: str | None, revision: str 
         raise ValueError(
             f"{path} ends in {suffix!r}; expected is one of {', '.join(FORMATS)}, or one of these and .gz."
         )
+    if suffix in FORMATS and not os.path.exists(path):
+        raise ValueError(f"There is no file {path}. Expected is a file, a folder, or the id of a dataset on the Hub.")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty; expected is one prompt or more.")
     saved = [marker for marker in ("dataset_dict.json", "state.json") if os.path.isfile(os.path.join(path, marker))]
     try:
         if saved:

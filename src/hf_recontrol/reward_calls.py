@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import math
+import os
 import queue
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,6 +142,12 @@ def described(error: Exception) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
+def _where(error: Exception) -> str:
+    """The innermost line that is in no installed package."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+
+
 class Failures:
     """Counts, for each function, the answers of batches that it failed on, and ends the collecting at too many.
 
@@ -167,9 +175,10 @@ class Failures:
             raise CollectError(
                 f"The reward function {name!r} failed on {self.answers[name]} answers"
                 f"{f', of {self.planned} that are to be scored' if many else ' and has scored none yet'}; "
-                f"{MOST_FAILED:.0%} may fail. The last error: {described(error)}. What was committed is kept, and this "
-                "batch is not: mend what the function needs and call again with the same arguments. If its code must "
-                "change, give another output_dir; it may return None for answers that it cannot score."
+                f"{MOST_FAILED:.0%} may fail. The last error: {described(error)}{_where(error)}. What was "
+                "committed is kept, and this batch is not: mend what the function needs and call again with the same "
+                "arguments. If its code must change after something was committed, give another output_dir; it may "
+                "return None for answers that it cannot score."
             ) from error
         logger.warning(
             "The reward function %r failed on a batch of %d answers, which stay without a reward: %s",

@@ -171,9 +171,12 @@ class RolloutStore:
         self._size = path.read_bytes().rfind(b"\n") + 1  # behind it: a line that a crash has torn
         if self._size:
             found, blocks = read_manifest(path)
-            check_fingerprint(self.output_dir, found, self.fingerprint)
+            if blocks or self.process or other_manifests(self.output_dir):
+                check_fingerprint(self.output_dir, found, self.fingerprint)
+            elif found != self.fingerprint:  # begun with other settings, and nothing came of it
+                self._size = 0
             self._blocks = {block.block: block for block in blocks}  # of two lines, after damage, the last counts
-        else:
+        if not self._size:
             header = {"format_version": FORMAT_VERSION, "hf_recontrol_version": package_version()}
             self._append(header | {"fingerprint": self.fingerprint})
         if self.process == 0:

@@ -95,6 +95,7 @@ def push_head(
     head: str | os.PathLike[str] | Head,
     repo_id: str,
     *,
+    base_model: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     private: bool | None = None,
@@ -107,6 +108,7 @@ def push_head(
 
     Args:
         head: a folder, an id on the Hub, "id@revision", or a head itself.
+        base_model: the base model's id on the Hub, put into the head's config: by it the head is found.
         replace_model_card: write the card anew, even if it was edited in the folder or the repository.
 
     Returns:
@@ -116,6 +118,10 @@ def push_head(
         HeadError, HeadUnavailable, ValueError: as of `Head.from_pretrained` and `Head.push_to_hub`.
     """
     loaded = head if isinstance(head, Head) else Head.from_pretrained(head, token=token)
+    if base_model is not None:
+        if not is_hub_id(base_model):
+            raise ValueError(f"base_model is {shown(base_model)}; expected is an id on the Hub, user/model.")
+        loaded.config.base_model_name_or_path = base_model
     edited = None if isinstance(head, Head) or replace_model_card else edited_card(Path(head).expanduser())
     return loaded.push_to_hub(
         repo_id,

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_accelerate_available
@@ -120,6 +121,8 @@ class RecontrolTrainingArguments(TrainingArguments):
             setattr(self, name, SETTINGS[self.recipe][name])
         self._read_numbers()
         self._settle_the_best()
+        if not torch.accelerator.is_available():  # pinned memory is an accelerator's; torch would warn
+            self.dataloader_pin_memory = False
         super().__post_init__()
         if not 0 <= self.td_lambda <= 1:
             raise ValueError(f"td_lambda is {self.td_lambda!r}; it must be from 0 (Bellman) to 1 (Monte Carlo).")
