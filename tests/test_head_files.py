@@ -133,6 +133,16 @@ def test_saving_twice_replaces_the_head_and_its_card(make_head, folder):
     assert "other texts" in (folder / "README.md").read_text()
 
 
+def test_a_subfolder_that_is_a_link_out_of_the_folder_is_refused(head, tmp_path):
+    head.save_pretrained(tmp_path / "elsewhere")
+    head.save_pretrained(tmp_path / "many" / "one")
+    (tmp_path / "many" / "two").symlink_to(tmp_path / "many" / "one")
+    (tmp_path / "many" / "three").symlink_to(tmp_path / "elsewhere")
+    ValueHead.from_pretrained(tmp_path / "many", subfolder="two")
+    with pytest.raises(HeadError, match="a link that leads out of"):
+        ValueHead.from_pretrained(tmp_path / "many", subfolder="three")
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_card_is_known_as_written_until_a_word_of_it_changes(head, newline):
     text = head.model_card("user/head").replace("\n", newline)

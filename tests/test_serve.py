@@ -267,10 +267,24 @@ def test_settings_without_a_head_are_refused_where_there_is_no_default():
 
     model = enable_recontrol(tiny_model())
     for body in ({}, {"generation_config": None}, {"generation_config": '{"recontrol_value_head": false}'}):
-        _check_request(body, model)
+        _check_request(body, model, None)
     with pytest.raises(HTTPException, match="has recontrol_max_kl but names no head") as refused:
-        _check_request({"generation_config": '{"recontrol_max_kl": 0.5}'}, model)
+        _check_request({"generation_config": '{"recontrol_max_kl": 0.5}'}, model, None)
     assert refused.value.status_code == 400
+
+
+@needs_server
+def test_messages_to_a_model_without_a_chat_template_are_refused():
+    from fastapi import HTTPException
+
+    model, tokenizer = enable_recontrol(tiny_model()), tiny_tokenizer()
+    _check_request({"prompt": "w1"}, model, tokenizer)
+    for body in ({"messages": MESSAGES}, {"input": "w1"}):
+        with pytest.raises(HTTPException, match=r"no chat template.*/v1/completions") as refused:
+            _check_request(body, model, tokenizer)
+        assert refused.value.status_code == 400
+    tokenizer.chat_template = TEMPLATE
+    _check_request({"messages": MESSAGES}, model, tokenizer)
 
 
 @pytest.fixture

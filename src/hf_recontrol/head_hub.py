@@ -174,7 +174,8 @@ def locate(
     """The folder or the Hub repository that `name` stands for. An existing folder wins. Nothing is fetched.
 
     Raises:
-        ValueError: a revision said twice, or asked of a folder.
+        ValueError: a revision said twice, or asked of a folder, or a subfolder elsewhere.
+        HeadError: the subfolder is a link that leads out of the folder.
         HeadUnavailable: `name` is a path and leads to no folder.
     """
     text = os.fspath(name)
@@ -192,7 +193,10 @@ def locate(
                 f"{repo_id!r} is a folder here, and a folder has no revision {pinned or revision!r}. Leave the "
                 "revision out, or call from another working directory to get the Hub repository of that name."
             )
-        return FolderHead(directory / (subfolder or ""))
+        inside = directory / (subfolder or "")
+        if not Path(os.path.realpath(inside)).is_relative_to(os.path.realpath(directory)):
+            raise HeadError(f"The subfolder {shown(subfolder)} is a link that leads out of {shown(str(directory))}.")
+        return FolderHead(inside)
     if isinstance(name, os.PathLike) or not _may_be_on_the_hub(repo_id) or Path(repo_id).is_file():
         raise HeadUnavailable(
             f"{shown(text)} is neither a folder nor the id of a Hub repository. Expected a folder that "

@@ -90,7 +90,7 @@ def _steered(names: Sequence[str], default: str | None) -> Iterator[None]:
     @functools.wraps(resolve)
     def resolve_and_check(self: Any, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         resolved = resolve(self, body, *args, **kwargs)
-        _check_request(body, resolved[1])
+        _check_request(body, resolved[1], resolved[2])
         return resolved
 
     @functools.wraps(build)
@@ -156,7 +156,7 @@ def _prepare(model: PreTrainedModel, names: Sequence[str], default: str | None) 
     _check(model, None)
 
 
-def _check_request(body: Mapping[str, Any], model: PreTrainedModel) -> None:
+def _check_request(body: Mapping[str, Any], model: PreTrainedModel, processor: Any) -> None:
     """Answer with status 400 what generate() would refuse, or what would be meant to steer and does not.
 
     Here, because later is too late: an error in generate() is a status 500, or the end of a stream that has begun.
@@ -164,6 +164,11 @@ def _check_request(body: Mapping[str, Any], model: PreTrainedModel) -> None:
     from fastapi import HTTPException
 
     try:
+        if ("messages" in body or "input" in body) and not getattr(processor, "chat_template", None):
+            raise ValueError(
+                "The model has no chat template, so it answers texts, not messages: ask /v1/completions, or serve a "
+                "model with a template."
+            )
         said = _said(body.get("generation_config"))
         _check(model, None if said is None else GenerationConfig(**said))
     except (TypeError, ValueError) as error:  # a HeadError and a HeadMismatch are ValueErrors
