@@ -207,7 +207,8 @@ def test_what_is_no_json_is_left_to_vllm():
     assert unheard("/v1/audio/transcriptions", b"\xff\xfe") is None
 
 
-def test_each_row_of_a_batch_is_under_its_own_control():
+@pytest.mark.parametrize("whole_batches", [False, True])  # as an LM head with LoRA adapters takes them
+def test_each_row_of_a_batch_is_under_its_own_control(whole_batches):
     model, value, control = tiny_model(), tiny_head(1), tiny_control_head(2)
     controllers = [
         None,
@@ -218,14 +219,20 @@ def test_each_row_of_a_batch_is_under_its_own_control():
         Controller(value, ControlConfig(step_size=0.0)),
     ]
     h = torch.randn(6, 16)
-    before = h.clone()
+    before, asked = h.clone(), []
+
+    def lm_head(states):
+        asked.append(len(states))
+        return logits_of(model, states)
+
     with torch.no_grad():
-        logits, unsound = BatchControl(controllers).logits(h, lambda states: logits_of(model, states))
+        logits, unsound = BatchControl(controllers).logits(h, lm_head, whole_batches=whole_batches)
         for row, controller in enumerate(controllers):
             one = h[row : row + 1]
             expected = logits_of(model, one) if controller is None else steered_logits(model, one, controller)
             torch.testing.assert_close(logits[row : row + 1], expected)
     assert int(unsound) == 0
+    assert asked == ([6, 6] if whole_batches else [6 + 2])
     torch.testing.assert_close(h, before, rtol=0, atol=0)
 
 

@@ -102,11 +102,7 @@ class SteeredLogitsProcessor(LogitsLayer):  # type: ignore[misc]
         if routing is None or routing.armed is None:
             return stock(hidden_states)  # type: ignore[no-any-return]
         control, routing.armed = routing.armed, None
-        if skip_gather and control.bounds:
-            raise SteeringNotApplied(
-                "This rank has a shard of the vocabulary only, and recontrol_max_kl would not hold."
-            )
-        logits, unsound = control.logits(hidden_states, stock)
+        logits, unsound = control.logits(hidden_states, stock, whole_batches=own is not self)
         routing.note(unsound)
         return logits
 
@@ -216,6 +212,7 @@ def _check_engine(vllm_config: Any) -> None:
     _check_runner(vllm_config.use_v2_model_runner)
     if vllm_config.speculative_config is not None:
         raise ValueError("Speculative decoding is configured, with which vLLM takes no router. Leave it out.")
+    # That and V2 are also where a rank keeps logits of its shard of the vocabulary, on which no max_kl can be measured.
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise ValueError("enable_batch_sharded_sampling splits logits by ranks, which is not supported. Leave it out.")
     if op_registry_oot.get(LAYER) is not SteeredLogitsProcessor:
