@@ -136,8 +136,9 @@ def test_a_wrong_request_is_a_status_400_that_says_why(server, asked, told):
     ("more", "told"),
     [
         ({"use_beam_search": True, "n": 2}, "beam search does not read vllm_xargs"),
-        ({"generation_config": '{"recontrol_value_head": "polite"}'}, "vLLM does not read"),
-        ({"recontrol_value_head": "polite"}, "vLLM does not read"),
+        ({"generation_config": '{"recontrol_value_head": "polite"}'}, "'generation_config' in 'the request itself'"),
+        ({"recontrol_value_head": "polite"}, "in 'the request itself', which /v1/completions does not read"),
+        ({"sampling_params": {"extra_args": ASKED[1]}}, "in 'sampling_params.extra_args', which"),
     ],
 )
 def test_what_vllm_would_not_hear_is_a_status_400(server, more, told):

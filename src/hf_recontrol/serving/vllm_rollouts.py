@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config_checks import shown
 from ..control_checks import unlike_softmax
-from .vllm_requests import VARIABLE
+from .vllm_settings import VARIABLE
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
 
