@@ -178,11 +178,12 @@ def test_rows_that_were_left_plain_are_warned_of_at_once_and_then_now_and_then(w
 
 def test_an_accelerators_count_is_read_when_it_has_arrived(warned):
     counts, _ = warned
-    routing = ours._Routing(None)
+    router = object.__new__(ours.RequestRouter)
+    router.routing, router.control = ours._Routing(None), None
     event = SimpleNamespace(query=lambda: event.arrived, arrived=False)
-    routing.counts.append((torch.tensor(2), event))
-    routing.warn()
+    router.routing.counts.append((torch.tensor(2), event))
+    router.update_state(None)
     assert counts == []
     event.arrived = True
-    routing.warn()
+    router.update_state(None)
     assert counts == [2]

@@ -46,7 +46,7 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
     Returns:
         {"batches": a list of lists of answers, each a list of {"token_ids", "logprobs", "prompt_logprobs"}, one for
         each of n; "preemptions": their count; "cached": tokens of prompts that were found in the prefix cache, of each
-        batch}.
+        batch; "log": what the process wrote}.
     """
     job, result = Path(folder, "job.json"), Path(folder, "result.json")
     result.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**(variables or {})), timeout=1200)
     if done.returncode or not result.exists():
         raise EngineError(done.stdout + done.stderr)
-    return json.loads(result.read_text())
+    return json.loads(result.read_text()) | {"log": done.stdout + done.stderr}
 
 
 def main(job, result):

@@ -77,8 +77,7 @@ class _Routing:
         """Have a forward's count of rows that were left plain sent to the host; nothing waits for it."""
         arrived = None
         if unsound.device.type != "cpu":
-            unsound = unsound.to("cpu", non_blocking=True)
-            arrived = torch.Event(torch.accelerator.current_accelerator())
+            arrived, unsound = torch.Event(unsound.device), unsound.to("cpu", non_blocking=True)
             arrived.record()
         self.counts.append((unsound, arrived))
         self.warn()
