@@ -12,7 +12,7 @@ import torch
 from saved import save_all
 from transformers.utils import logging
 
-from hf_recontrol import RolloutDataset
+from hf_recontrol import RolloutDataset, cli_rollouts
 
 SMALL = ("--max-new-tokens", "6", "--block-size", "10")
 
@@ -140,6 +140,8 @@ def _spy(tqdm, seen):
         ({"--model": "no/such-folder/here"}, "no/such-folder/here"),
         ({"--generation-kwargs": "[1]"}, "must be a JSON object"),
         ({"--generation-kwargs": "{"}, "is no JSON"),
+        ({"--engine": "vllm", "--engine-args": "[1]"}, "--engine-args is '[1]'; it must be a JSON object"),
+        ({"--engine-args": '{"tensor_parallel_size": 2}'}, "Pass --engine vllm too"),
         ({"--top-p": "2"}, "0 < top_p ≤ 1"),
         ({"--timeout": "0"}, "expected are seconds > 0"),
     ],
@@ -157,6 +159,23 @@ def test_a_users_error_is_one_line_and_status_2(command, files, tmp_path, change
     error = command("rollouts", *arguments, "--output-dir", tmp_path / "out", *SMALL, status=2).strip().splitlines()
     assert words in error[-1]
     assert sum(line.startswith("hf-recontrol:") for line in error) == 1
+
+
+def test_with_vllm_the_device_is_that_of_the_rewards_and_one_process_is_enough(command, given, tmp_path, monkeypatch):
+    """The model itself is on the CPU: it only checks and names the rollouts."""
+    found = {}
+    monkeypatch.setattr(cli_rollouts, "language_model", lambda *a, device, **kw: (found.update(model=device), None))
+    monkeypatch.setattr(cli_rollouts, "reward_functions", lambda *a, device, **kw: found.update(rewards=device))
+    monkeypatch.setattr(cli_rollouts, "own_device", lambda: "cuda:0")
+    monkeypatch.setattr(cli_rollouts, "_engine", lambda engine, model, arguments: found.update(arguments=arguments))
+    monkeypatch.setattr(cli_rollouts, "_collect", lambda *a: None)
+    arguments = ("rollouts", *given, "--output-dir", tmp_path, "--engine", "vllm")
+    command(*arguments, "--engine-args", '{"tensor_parallel_size": 2}')
+    assert found == {"model": "cpu", "rewards": "cuda:0", "arguments": {"tensor_parallel_size": 2}}
+    command(*arguments, "--device", "cuda:1")
+    assert found == {"model": "cpu", "rewards": "cuda:1", "arguments": {}}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "Leave out the launcher" in command(*arguments, status=2)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -109,15 +109,23 @@ MOVED = [request(3, None, max_tokens=2, seed=i) for i in range(3)] + [
 
 
 @pytest.fixture(scope="module")
-def answered(llama):
-    """(batches, answers) of one engine: with chunked prefill, and fewer rows than requests."""
+def mixed_engine(llama):
+    """(batches, what run_engine returns) of one engine: with chunked prefill, and fewer rows than requests."""
     _, folder, named = llama
     scored = [request(6, asked, seed=i, logprobs=5, prompt_logprobs=3) for i, asked in enumerate(ASKED)]
     drawn = [request(6, ASKED[1], n=3, temperature=1e-4, seed=5)]
     shared = [request(40, asked, seed=9) for asked in ASKED]
-    batches = [mixed(), MOVED, scored, drawn, shared]
+    overflows = {"recontrol_step_size": 1e6, "recontrol_regularization": 1e6, "recontrol_num_steps": 9}
+    batches = [mixed(), MOVED, scored, drawn, shared, [request(6, ASKED[1] | overflows)]]
     engine = {"model": str(folder / "model"), "max_num_seqs": 6, "max_num_batched_tokens": 20}
-    return batches, run_engine(folder, batches, heads=named, engine=engine)["batches"]
+    return batches, run_engine(folder, batches, heads=named, engine=engine)
+
+
+@pytest.fixture
+def answered(mixed_engine):
+    """(batches, answers)."""
+    batches, result = mixed_engine
+    return batches, result["batches"]
 
 
 def test_mixed_requests_in_one_batch_get_the_tokens_of_generate(llama, answered):
@@ -163,9 +171,17 @@ def test_each_of_several_answers_to_a_prompt_is_steered(llama, answered):
     assert [answer["token_ids"] for answer in several] == [tokens(llama[0], one)] * 3
 
 
-def test_plain_and_steered_requests_share_the_cache_of_a_prompt(llama, answered):
-    batches, answers = answered
-    assert_as_generated(llama[0], batches[4], answers[4])
+def test_plain_and_steered_requests_share_the_cache_of_a_prompt(llama, mixed_engine):
+    batches, result = mixed_engine
+    assert_as_generated(llama[0], batches[4], result["batches"][4])
+    assert result["cached"][4] >= 32 * 2  # blocks are of 32 tokens; requests of the first turn may not find one yet
+
+
+def test_a_row_whose_edit_overflows_stays_plain_and_is_warned_of(llama, mixed_engine):
+    batches, result = mixed_engine
+    plain = [one | {"extra_args": None} for one in batches[5]]
+    assert_as_generated(llama[0], plain, result["batches"][5])
+    assert "1 hidden states were not finite" in result["log"]
 
 
 def test_requests_that_were_preempted_get_the_tokens_of_generate(llama):

@@ -5,9 +5,11 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import tiny_head, tiny_model, tiny_tokenizer
 
-from hf_recontrol.serving.vllm_requests import KEY, ROUTER, V2, VARIABLE
+from hf_recontrol.errors import HeadUnavailable
+from hf_recontrol.serving.vllm_settings import KEY, ROUTER, V2, VARIABLE
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm_engine import EngineError, run_engine
@@ -135,3 +137,53 @@ def test_a_model_in_which_the_lm_heads_input_is_not_known(monkeypatch, before, t
 
 def test_a_pooling_model_is_left_alone():
     assert ours._routing_of(generates(runner_type="pooling"), SimpleNamespace(logits_as_input=False)) is None
+
+
+def test_a_layer_of_model_runner_v2_is_refused_by_name(monkeypatch):
+    """Watermarks choose V2 whatever the variable says, and V2 makes no router before its model."""
+    monkeypatch.setattr(ours, "_made", [])
+    v2 = generates()
+    v2.use_v2_model_runner = True
+    with pytest.raises(ValueError, match=r"Model Runner V2 cannot be steered\..*--watermark-config"):
+        ours._routing_of(v2, SimpleNamespace(logits_as_input=False))
+
+
+def test_heads_that_cannot_be_read_are_refused_where_requests_are_taken_too(monkeypatch):
+    """vLLM calls this when that process starts; the first request may be hours away."""
+    monkeypatch.setenv(VARIABLE, json.dumps({"heads": {"polite": "/gone"}}))
+    with pytest.raises(HeadUnavailable, match="neither a folder nor the id of a Hub repository"):
+        ours.register()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """(what was warned of: the counts; the clock, which stands still)."""
+    counts, clock = [], SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(ours.logger, "warning", lambda text, count: counts.append(count))
+    monkeypatch.setattr(ours, "time", clock)
+    return counts, clock
+
+
+def test_rows_that_were_left_plain_are_warned_of_at_once_and_then_now_and_then(warned):
+    counts, clock = warned
+    routing = ours._Routing(None)
+    for count in (0, 2, 3, 0):
+        routing.note(torch.tensor(count))
+    assert counts == [2]
+    clock.now += ours.SECONDS_BETWEEN_WARNINGS
+    routing.warn()
+    routing.warn()
+    assert counts == [2, 3]
+
+
+def test_an_accelerators_count_is_read_when_it_has_arrived(warned):
+    counts, _ = warned
+    router = object.__new__(ours.RequestRouter)
+    router.routing, router.control = ours._Routing(None), None
+    event = SimpleNamespace(query=lambda: event.arrived, arrived=False)
+    router.routing.counts.append((torch.tensor(2), event))
+    router.update_state(None)
+    assert counts == []
+    event.arrived = True
+    router.update_state(None)
+    assert counts == [2]

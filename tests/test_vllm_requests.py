@@ -3,27 +3,23 @@
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Repository
 from tiny import tiny_control_head, tiny_head, tiny_model
 
 from hf_recontrol import ControlConfig, ControlDefaults, ControlHead, ControlHeadConfig, Controller
+from hf_recontrol.cuda_graph import CudaGraphs
 from hf_recontrol.errors import HeadUnavailable, SteeringNotApplied
 from hf_recontrol.forwards import logits_of, steered_logits
+from hf_recontrol.head import Head
 from hf_recontrol.serving.vllm_batch import BatchControl
-from hf_recontrol.serving.vllm_http import unheard
-from hf_recontrol.serving.vllm_requests import (
-    KEY,
-    ROUTER,
-    V2,
-    VARIABLE,
-    ServedHeads,
-    check_request,
-    settings_from,
-    steering_arguments,
-)
+from hf_recontrol.serving.vllm_requests import ServedHeads, check_request, steering_arguments
 from hf_recontrol.serving.vllm_serve import command_line
+from hf_recontrol.serving.vllm_settings import KEY, ROUTER, V2, VARIABLE, digest_of, settings_from
 
 
 @pytest.fixture
@@ -34,6 +30,10 @@ def named(tmp_path):
     polite.save_pretrained(tmp_path / "polite")
     rude.save_pretrained(tmp_path / "rude")
     return {name: str(tmp_path / name) for name in ("polite", "rude")}
+
+
+def digests_of(named):
+    return {name: digest_of(Head.from_pretrained(folder)) for name, folder in named.items()}
 
 
 @pytest.fixture
@@ -101,6 +101,10 @@ def test_several_heads_come_with_weights_over_http_as_a_string(served, weights):
         ({"recontrol_value_head": {"polite": 0}}, "must be a finite number other than 0"),
         ({"recontrol_value_head": "polite", "recontrol_step_size": "1"}, "step_size is '1'"),
         ({"recontrol_value_head": "polite", "recontrol_step_size": math.nan}, "step_size is nan"),
+        ({"recontrol_value_head": "polite", "recontrol_step_size": 1e30}, "recontrol_step_size is 1e.30; .* 1e.06"),
+        ({"recontrol_value_head": "rude", "recontrol_scale": 2e6}, "recontrol_scale is 2000000.0; .* at most 1e.06"),
+        ({"recontrol_value_head": "polite", "recontrol_regularization": 1e9}, "at most 1e.06"),
+        ({"recontrol_value_head": {"polite": -1e9}}, "weight of 'polite' is -1000000000.0; .* at most 1e.06"),
         ({"recontrol_value_head": "polite", "recontrol_num_steps": 2.5}, "num_steps is 2.5"),
         ({"recontrol_value_head": "polite", "recontrol_max_kl": 0}, "max_kl is 0"),
         ({"recontrol_value_head": "polite", "recontrol_scale": 1.0}, "multiplies a control head's u"),
@@ -130,6 +134,64 @@ def test_a_request_is_checked_by_the_heads_of_the_environment(named, variables):
         check_request({"recontrol_value_head": "kind"})
 
 
+def test_requests_are_checked_by_the_heads_that_were_read_at_the_start(named, variables):
+    """Workers have read them then; an answer that they cannot give must be refused, and one that they can be given."""
+    settings = steering_arguments(named)["additional_config"][KEY]
+    head = tiny_head(1)
+    head.config.control = ControlDefaults(step_size=2.0, num_steps=3, calibration=[[0.1, 1.0]], calibration_num_steps=3)
+    head.save_pretrained(named["polite"])
+    shutil.rmtree(named["rude"])
+    with pytest.raises(ValueError, match="the head is not calibrated"):
+        check_request({"recontrol_value_head": "polite", "recontrol_strength": 0.1})
+    check_request({"recontrol_value_head": "rude"})
+    head.save_pretrained(named["rude"])
+    with pytest.raises(ValueError, match=r"'polite', .*, is not the one that was there when the engine was started"):
+        ServedHeads(settings)
+
+
+def test_a_head_with_another_default_is_another_head():
+    head, digests = tiny_head(1), set()
+    for step_size in (1.0, 2.0):
+        head.config.control = ControlDefaults(step_size=step_size, num_steps=3)
+        digests.add(digest_of(head))
+    assert len({*digests, digest_of(tiny_head(2))}) == 3
+
+
+def test_heads_that_cannot_be_read_any_more_are_a_wrong_request(variables, monkeypatch):
+    monkeypatch.setenv(VARIABLE, '{"heads": {"polite": "/gone"}}')
+    with pytest.raises(ValueError, match="neither a folder nor the id of a Hub repository"):
+        check_request({"recontrol_value_head": "polite"})
+
+
+def test_a_head_of_the_hub_is_the_one_of_its_present_commit(named, variables, hub):
+    repository = hub.repositories["user/head"] = Repository()
+    old, new = ({path.name: path.read_bytes() for path in Path(named[name]).iterdir()} for name in ("polite", "rude"))
+    commit = repository.commit(old, "v1")
+    settings = steering_arguments({"polite": "user/head@v1"})["additional_config"][KEY]
+    repository.commit(new, "v1")
+    assert settings["heads"] == {"polite": f"user/head@{commit}"}
+    assert ServedHeads(settings).heads["polite"].digest() == tiny_head(1).digest()
+
+
+def test_a_process_has_one_set_of_heads(named, variables):
+    arguments = steering_arguments(named)
+    assert steering_arguments(named) == arguments
+    with pytest.raises(ValueError, match="HF_RECONTROL_VLLM is set already, to other heads"):
+        steering_arguments({"polite": named["rude"]})
+    check_request({"recontrol_value_head": "rude"})
+
+
+def test_settings_that_clients_choose_record_no_cuda_graphs(served, monkeypatch):
+    """Of each setting its own, in memory that vLLM does not count."""
+    monkeypatch.setattr(CudaGraphs, "can_take", lambda rows: True)
+    monkeypatch.setattr(CudaGraphs, "__call__", lambda *arguments: pytest.fail("a graph"))
+    asked = served.controller({"recontrol_value_head": "polite"})
+    h = torch.randn(2, 16)
+    with pytest.raises(pytest.fail.Exception):
+        Controller(served.heads["polite"])(h)
+    assert not torch.equal(asked(h), h)
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -137,6 +199,7 @@ def test_a_request_is_checked_by_the_heads_of_the_environment(named, variables):
         ([], "expected is"),
         ({"heads": {}}, "expected is"),
         ({"heads": {"polite": "."}, "defualt": "polite"}, "expected is"),
+        ({"heads": {"polite": "."}, "digests": {"rude": "0"}}, "expected is one for each of 'polite'"),
         ({"heads": {"polite": 3}}, "must be a folder or an id"),
         ({"heads": {"{": "."}}, "not beginning with a brace"),
         ({"heads": {"polite": "."}, "default": "rude"}, "the heads are 'polite'"),
@@ -164,7 +227,7 @@ def test_steering_arguments_are_for_the_engine_and_its_processes(named, variable
     arguments = steering_arguments(named, default="rude")
     assert arguments == {
         "logits_processors": [ROUTER],
-        "additional_config": {KEY: {"heads": named, "default": "rude"}},
+        "additional_config": {KEY: {"heads": named, "default": "rude", "digests": digests_of(named)}},
     }
     assert json.loads(os.environ[VARIABLE]) == arguments["additional_config"][KEY]
     assert os.environ[V2] == "0"
@@ -181,33 +244,17 @@ def test_serve_starts_vllm_with_its_flags(named, variables):
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "folder"]
     assert command[-2:] == ["--port", "8001"]
     assert command[command.index("--logits-processors") + 1] == ROUTER
-    assert json.loads(command[command.index("--additional-config") + 1]) == {KEY: {"heads": named, "default": None}}
+    assert json.loads(command[command.index("--additional-config") + 1]) == {
+        KEY: {"heads": named, "default": None, "digests": digests_of(named)}
+    }
     with pytest.raises(ValueError, match=r"--additional_config=\{\} is set by hf-recontrol serve"):
         command_line("folder", named, arguments=["--additional_config={}"])
+    with pytest.raises(ValueError, match=r"--watermark-config.key makes vLLM run its Model Runner V2"):
+        command_line("folder", named, arguments=["--watermark-config.key", "1"])
 
 
-@pytest.mark.parametrize(
-    ("path", "request_", "told"),
-    [
-        ("/v1/chat/completions", {"generation_config": "{}"}, "vLLM does not read"),
-        ("/v1/chat/completions", {"recontrol_value_head": "polite"}, "vLLM does not read"),
-        ("/v1/completions", {"use_beam_search": True, "vllm_xargs": {"recontrol_strength": 1}}, "beam search"),
-        ("/generative_scoring", {"vllm_xargs": {"recontrol_strength": 1}}, "does not read vllm_xargs"),
-        ("/v1/completions", {"vllm_xargs": {"recontrol_strength": 1}}, None),
-        ("/v1/completions", {"use_beam_search": True, "vllm_xargs": {"other": 1}}, None),
-        ("/v1/completions", [], None),
-    ],
-)
-def test_what_vllm_would_not_hear_is_refused(path, request_, told):
-    reason = unheard(path, json.dumps(request_).encode())
-    assert reason is None if told is None else told in reason
-
-
-def test_what_is_no_json_is_left_to_vllm():
-    assert unheard("/v1/audio/transcriptions", b"\xff\xfe") is None
-
-
-def test_each_row_of_a_batch_is_under_its_own_control():
+@pytest.mark.parametrize("whole_batches", [False, True])  # as an LM head with LoRA adapters takes them
+def test_each_row_of_a_batch_is_under_its_own_control(whole_batches):
     model, value, control = tiny_model(), tiny_head(1), tiny_control_head(2)
     controllers = [
         None,
@@ -218,14 +265,20 @@ def test_each_row_of_a_batch_is_under_its_own_control():
         Controller(value, ControlConfig(step_size=0.0)),
     ]
     h = torch.randn(6, 16)
-    before = h.clone()
+    before, asked = h.clone(), []
+
+    def lm_head(states):
+        asked.append(len(states))
+        return logits_of(model, states)
+
     with torch.no_grad():
-        logits, unsound = BatchControl(controllers).logits(h, lambda states: logits_of(model, states))
+        logits, unsound = BatchControl(controllers).logits(h, lm_head, whole_batches=whole_batches)
         for row, controller in enumerate(controllers):
             one = h[row : row + 1]
             expected = logits_of(model, one) if controller is None else steered_logits(model, one, controller)
             torch.testing.assert_close(logits[row : row + 1], expected)
     assert int(unsound) == 0
+    assert asked == ([6, 6] if whole_batches else [6 + 2])
     torch.testing.assert_close(h, before, rtol=0, atol=0)
 
 

@@ -19,7 +19,7 @@ from hf_recontrol import enable_recontrol
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from openai import BadRequestError, OpenAI
-from test_vllm import ASKED, LLAMA, prompt, save, tokens
+from test_vllm import ASKED, LLAMA, generated, prompt, save, tokens
 from vllm_engine import ENGINE, environment
 
 pytestmark = pytest.mark.vllm
@@ -55,7 +55,7 @@ def server(tmp_path_factory):
         for part in ([f"--{name.replace('_', '-')}", str(value)] if value is not True else ["--enforce-eager"])
     ]
     command = [sys.executable, "-m", "hf_recontrol", "serve", str(folder / "model"), *named, "--engine", "vllm"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--", *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--", "--enable-scale-out", *flags]
     path = os.pathsep.join(filter(None, [named_vllm(folder), os.environ.get("PYTHONPATH")]))
     variables = environment(PYTHONPATH=path, VLLM_ENABLE_V1_MULTIPROCESSING=None)
     with log.open("w") as output:
@@ -136,8 +136,9 @@ def test_a_wrong_request_is_a_status_400_that_says_why(server, asked, told):
     ("more", "told"),
     [
         ({"use_beam_search": True, "n": 2}, "beam search does not read vllm_xargs"),
-        ({"generation_config": '{"recontrol_value_head": "polite"}'}, "vLLM does not read"),
-        ({"recontrol_value_head": "polite"}, "vLLM does not read"),
+        ({"generation_config": '{"recontrol_value_head": "polite"}'}, "'generation_config' in 'the request itself'"),
+        ({"recontrol_value_head": "polite"}, "in 'the request itself', which /v1/completions does not read"),
+        ({"sampling_params": {"extra_args": ASKED[1]}}, "in 'sampling_params.extra_args', which"),
     ],
 )
 def test_what_vllm_would_not_hear_is_a_status_400(server, more, told):
@@ -146,10 +147,9 @@ def test_what_vllm_would_not_hear_is_a_status_400(server, more, told):
         ask(client, name, request(ASKED[1]), **more)
 
 
-def test_a_stream_is_steered(server):
-    client, name, _, model = server
-    one = request(ASKED[1], 3)
-    stream = client.completions.create(
+def stream_of(client, name, one):
+    """Chunks of an answer, as they are written."""
+    return client.completions.create(
         model=name,
         prompt=one["prompt_token_ids"],
         max_tokens=one["max_tokens"],
@@ -157,8 +157,86 @@ def test_a_stream_is_steered(server):
         stream=True,
         extra_body={"vllm_xargs": one["extra_args"], "ignore_eos": True, "return_token_ids": True},
     )
-    found = [token for chunk in stream for token in (chunk.choices[0].token_ids or [])]
-    assert found == tokens(model, one)
+
+
+def tokens_of(stream):
+    return [token for chunk in stream for token in (chunk.choices[0].token_ids or [])]
+
+
+def test_a_stream_is_steered(server):
+    client, name, _, model = server
+    one = request(ASKED[1], 3)
+    assert tokens_of(stream_of(client, name, one)) == tokens(model, one)
+
+
+def post(client, path, body):
+    """The answer of an endpoint that the openai package has no function for."""
+    url = str(client.base_url).removesuffix("/v1/") + path
+    data = json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as answer:
+        return json.load(answer)
+
+
+def test_an_endpoint_that_takes_token_ids_reads_extra_args(server):
+    client, name, _, model = server
+    one = request(ASKED[3], 2)
+    sampling = {"max_tokens": one["max_tokens"], "temperature": 0, "ignore_eos": True, "extra_args": ASKED[3]}
+    body = {"model": name, "token_ids": one["prompt_token_ids"], "sampling_params": sampling}
+    assert post(client, "/inference/v1/generate", body)["choices"][0]["token_ids"] == tokens(model, one)
+
+
+ENDPOINTS = {
+    "/v1/responses": ({"input": "w5 w6 w7", "max_output_tokens": 12}, lambda answer: answer["output"][0]["content"]),
+    "/v1/messages": (
+        {"messages": [{"role": "user", "content": "w5 w6 w7"}], "max_tokens": 12},
+        lambda answer: answer["content"],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_every_endpoint_that_takes_vllm_xargs_is_steered(server, path):
+    client, name, *_ = server
+    body, content = ENDPOINTS[path]
+    texts = [
+        content(post(client, path, body | {"model": name, "temperature": 0, "vllm_xargs": asked}))[0]["text"]
+        for asked in ({"recontrol_value_head": False}, {"recontrol_value_head": "polite"})
+    ]
+    assert all(texts)
+    assert texts[0] != texts[1]
+
+
+def finished(client):
+    """How many answers have come to their length."""
+    with urllib.request.urlopen(str(client.base_url).replace("/v1/", "/metrics")) as metrics:
+        return float(re.search(r'request_success_total{.*reason="length".*} (\S+)', metrics.read().decode())[1])
+
+
+def test_a_client_that_leaves_changes_nothing_for_the_others(server):
+    """Its row is taken out of the batch, and others move into its place."""
+    client, name, _, model = server
+    others = [request(ASKED[i], i) | {"max_tokens": 80} for i in (1, 3, 4)]
+    leaving, before = request(ASKED[2], 2) | {"max_tokens": 100}, finished(client)
+    left, *streams = [stream_of(client, name, one) for one in (leaving, *others)]
+    first = [tokens_of([next(iter(stream))]) for stream in (left, *streams)][1:]
+    left.close()
+    answers = [begun + tokens_of(stream) for begun, stream in zip(first, streams, strict=True)]
+    assert answers == [tokens(model, one) for one in others]
+    assert finished(client) == before + len(others)  # and not the one that left
+
+
+def test_an_answer_of_a_given_form_is_steered_within_it(server):
+    client, name, _, model = server
+    allowed, steered = range(3, 20), []
+    for seed in range(4):
+        one = request(ASKED[3], seed) | {"max_tokens": 1}
+        logits = generated(model, one, output_logits=True).logits[0][0, allowed.start : allowed.stop]
+        choice = {"choice": [f"w{token}" for token in allowed]}
+        found = ask(client, name, one, structured_outputs=choice, ignore_eos=False)
+        assert found[0] == allowed.start + int(logits.argmax())
+        steered.append(found[0] != ask(client, name, one | {"extra_args": None}, structured_outputs=choice)[0])
+    assert any(steered)
 
 
 def test_the_client_of_the_examples_gets_a_plain_and_a_steered_answer(server):

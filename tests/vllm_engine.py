@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -39,11 +40,13 @@ def environment(**more):
 
 
 def run_engine(folder, batches, *, heads=None, default=None, engine=None, variables=None, steered=True, broken=None):
-    """What an engine answers to batches of requests, each a dict of prompt_token_ids and what SamplingParams takes.
+    """What an engine answers to batches of requests, each a dict of prompt_token_ids and what SamplingParams takes, and
+    "adapter", the folder of a LoRA adapter.
 
     Returns:
         {"batches": a list of lists of answers, each a list of {"token_ids", "logprobs", "prompt_logprobs"}, one for
-        each of n; "preemptions": their count}.
+        each of n; "preemptions": their count; "cached": tokens of prompts that were found in the prefix cache, of each
+        batch; "log": what the process wrote}.
     """
     job, result = Path(folder, "job.json"), Path(folder, "result.json")
     result.unlink(missing_ok=True)
@@ -63,13 +66,14 @@ def run_engine(folder, batches, *, heads=None, default=None, engine=None, variab
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**(variables or {})), timeout=1200)
     if done.returncode or not result.exists():
         raise EngineError(done.stdout + done.stderr)
-    return json.loads(result.read_text())
+    return json.loads(result.read_text()) | {"log": done.stdout + done.stderr}
 
 
 def main(job, result):
     """In the child."""
     job = json.loads(Path(job).read_text())
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     from hf_recontrol.serving.vllm_requests import steering_arguments
 
@@ -79,13 +83,22 @@ def main(job, result):
     if job["broken"]:
         BREAK[job["broken"]]()
     llm = LLM(disable_log_stats=False, **(arguments | job["engine"]))
-    answers = []
+    answers, cached = [], [0]
+
+    def count(name):
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
     for batch in job["batches"]:
         prompts = [{"prompt_token_ids": request.pop("prompt_token_ids")} for request in batch]
+        folders = [request.pop("adapter", None) for request in batch]
+        adapters = [folder and LoRARequest("adapter", 1, folder) for folder in folders] if any(folders) else None
         params = [SamplingParams(**({"temperature": 0, "ignore_eos": True} | request)) for request in batch]
-        answers.append([answers_of(output) for output in llm.generate(prompts, params, use_tqdm=False)])
-    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    Path(result).write_text(json.dumps({"batches": answers, "preemptions": preemptions}))
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        answers.append([answers_of(output) for output in outputs])
+        cached.append(count("vllm:prefix_cache_hits"))
+    found = {"batches": answers, "preemptions": count("vllm:num_preemptions")}
+    found["cached"] = [after - before for before, after in pairwise(cached)]
+    Path(result).write_text(json.dumps(found))
 
 
 def answers_of(output):

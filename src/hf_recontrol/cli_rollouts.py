@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_inputs import ends_at_sigterm, is_first_process, language_model, processes, reward_functions
+from .cli_inputs import ends_at_sigterm, is_first_process, language_model, own_device, processes, reward_functions
 from .control import Controller
 from .head import Head
 from .rollouts import collect_rollouts
@@ -103,10 +103,16 @@ def rollouts(
             help="What writes the answers. vllm (extra: vllm) starts two engines beside the model, one process."
         ),
     ] = Engine.transformers,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="With vllm, more for vllm.LLM, of both: '{\"tensor_parallel_size\": 2}'."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the model and the stored states; auto is the model's own.")] = (
         Dtype.auto
     ),
-    device: Annotated[str | None, typer.Option(help="Of the model; the first accelerator where not given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of the model, with vllm of rewards; the first accelerator where not given.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
     progress: Annotated[bool, typer.Option(help="Show a bar, with the answers per second.")] = True,
     dry_run: Annotated[
@@ -123,15 +129,16 @@ def rollouts(
     with ends_at_sigterm():
         from .prompts import load_prompts
 
-        more = _json(generation_kwargs)
+        more = _json(generation_kwargs, "--generation-kwargs", '{"min_new_tokens": 4}')
+        engines = _json(engine_args, "--engine-args", '{"tensor_parallel_size": 2}')
+        _check_engine(engine, engines)
         prompts = load_prompts(dataset, split=split, name=name, recipe=recipe, limit=limit)
-        if engine is Engine.vllm and (processes() > 1 or device is not None):
-            raise ValueError("--engine vllm spreads its own work. Leave out the launcher, and --device.")
-        device = "cpu" if engine is Engine.vllm else device  # the accelerator is the engines'
-        lm, tokenizer = language_model(model, dtype=dtype, device=device, revision=revision)
+        device = device or own_device()
+        place = "cpu" if engine is Engine.vllm else device  # there the accelerator is the engines' and the rewards'
+        lm, tokenizer = language_model(model, dtype=dtype, device=place, revision=revision)
         rewards = None
         if reward:
-            rewards = reward_functions(reward, reward_weights, device=lm.device, timeout=timeout, retries=retries)
+            rewards = reward_functions(reward, reward_weights, device=device, timeout=timeout, retries=retries)
         settings: dict[str, Any] = {
             "num_return_sequences": num_return_sequences,
             "block_size": block_size,
@@ -143,7 +150,7 @@ def rollouts(
             "drop_truncated": drop_truncated,
             "seed": seed,
             "controller": _controller(controller),
-            "engine": _engine(engine, lm),
+            "engine": _engine(engine, lm, engines),
             "generation_kwargs": more,
             "features_from": features_from.value,
             "sampling": sampling,
@@ -156,26 +163,36 @@ def rollouts(
         _collect(lm, tokenizer, prompts, rewards, settings, output_dir, progress)
 
 
-def _json(text: str | None) -> Any:
+def _json(text: str | None, option: str, example: str) -> Any:
     try:
         found = json.loads(text or "{}")
     except ValueError as error:
-        raise ValueError(f"--generation-kwargs is {text!r}, which is no JSON: {error}.") from error
+        raise ValueError(f"{option} is {text!r}, which is no JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f'--generation-kwargs is {text!r}; it must be a JSON object, such as {{"min_new_tokens": 4}}.')
+        raise ValueError(f"{option} is {text!r}; it must be a JSON object, such as {example}.")
     return found
+
+
+def _check_engine(engine: Engine, arguments: dict[str, Any]) -> None:
+    if engine is Engine.vllm and processes() > 1:
+        raise ValueError(
+            "--engine vllm is one process, whose engines start others. Leave out the launcher; for several "
+            "accelerators pass --engine-args '{\"tensor_parallel_size\": 2}'."
+        )
+    if engine is not Engine.vllm and arguments:
+        raise ValueError("--engine-args are of vLLM. Pass --engine vllm too, or leave them out.")
 
 
 def _controller(head: str | None) -> Any:
     return None if head is None else Controller(Head.from_pretrained(head))
 
 
-def _engine(engine: Engine, model: Any) -> Any:
+def _engine(engine: Engine, model: Any, arguments: dict[str, Any]) -> Any:
     if engine is Engine.transformers:
         return None
     from .serving.vllm_rollouts import VllmAnswers
 
-    return VllmAnswers(model)
+    return VllmAnswers(model, engine_args=arguments)
 
 
 def _collect(

@@ -52,6 +52,9 @@ class AnswerEngine(Protocol):
     facts: dict[str, Any]
     """For the fingerprint: another engine's rollouts are others."""
 
+    def check(self, generation: Mapping[str, Any]) -> None:
+        """Raise ValueError unless it can follow these of generate()'s keywords. Called before anything is written."""
+
     def __call__(
         self, prompts: Sequence[list[int]], eos: Sequence[int], stop_strings: Sequence[str], generation: dict[str, Any]
     ) -> tuple[list[list[int]], list[Tensor], list[int | None]]:

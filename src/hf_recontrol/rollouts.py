@@ -158,6 +158,8 @@ def collect_rollouts(
         **sampling_of(temperature, top_p, top_k),
         **more_generation(generation_kwargs),
     }
+    if engine is not None:
+        engine.check(generation)
     if given is not None:
         stop, generation = [], {"features_from": "dataset", "sampling": sampling, **more_generation(generation_kwargs)}
         reward_funcs = rewards_or_given(prompts, reward_funcs)

@@ -12,7 +12,9 @@ for when a request comes in; a worker raises only rather than return text that w
 
 import functools
 import os
-from dataclasses import dataclass
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +32,13 @@ from ..config_checks import shown
 from ..control import Controller
 from ..errors import SteeringNotApplied
 from .vllm_batch import BatchControl
-from .vllm_requests import KEY, ROUTER, V2, VARIABLE, ServedHeads, check_request, settings_from
+from .vllm_requests import ServedHeads, check_request, serve_heads
+from .vllm_settings import KEY, ROUTER, V2, VARIABLE, settings_from
 
 logger = init_logger("vllm.hf_recontrol")  # a logger below vllm's is shown as its own are
 SUPPORTED = "0.32."
 LAYER = "LogitsProcessor"
-FORWARDS_BETWEEN_LOOKS = 1000
+SECONDS_BETWEEN_WARNINGS = 10.0
 
 
 def register() -> None:
@@ -45,11 +48,13 @@ def register() -> None:
     is to be steered is refused when it starts.
 
     Raises:
-        ValueError: heads are in the environment, and vLLM would run its V2 model runner.
+        ValueError, HeadError, HeadUnavailable: heads are in the environment, and cannot be read, or vLLM would run its
+            V2 model runner.
     """
-    if os.environ.get(VARIABLE) is not None:
+    if (text := os.environ.get(VARIABLE)) is not None:
         # Else vLLM would say that the router is no subclass of a class of V2, and not what to do.
         _check_runner(HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER)
+        serve_heads(text)  # when workers read theirs: the first request may come after the files have changed
     if vllm.__version__.startswith(SUPPORTED) and LAYER not in op_registry_oot:
         LogitsLayer.register_oot(SteeredLogitsProcessor, name=LAYER)
 
@@ -62,21 +67,32 @@ class _Routing:
     armed: BatchControl | None = None
     """For the next call of the layer, once."""
     layer: LogitsLayer | None = None
-    unsound: Tensor | None = None
-    """Rows left plain since the last look, int64 ()."""
-    forwards: int = 0
+    unsound: int = 0
+    """Rows that were left plain and not warned of."""
+    counts: deque[tuple[Tensor, torch.Event | None]] = field(default_factory=deque)
+    """Of them in one forward each, int64 () in the host's memory, and when it has arrived there."""
+    silent_until: float = 0.0
 
     def note(self, unsound: Tensor) -> None:
-        """Warn of rows that were left plain; seldom, for looking waits for the device."""
-        self.unsound = unsound if self.unsound is None else self.unsound + unsound
-        self.forwards += 1
-        if self.forwards % FORWARDS_BETWEEN_LOOKS == 1 and (count := int(self.unsound)):
+        """Have a forward's count of rows that were left plain sent to the host; nothing waits for it."""
+        arrived = None
+        if unsound.device.type != "cpu":
+            arrived, unsound = torch.Event(unsound.device), unsound.to("cpu", non_blocking=True)
+            arrived.record()
+        self.counts.append((unsound, arrived))
+        self.warn()
+
+    def warn(self) -> None:
+        """Warn of the rows whose counts have arrived: on a CPU at once, else one forward later."""
+        while self.counts and ((arrived := self.counts[0][1]) is None or arrived.query()):
+            self.unsound += int(self.counts.popleft()[0])
+        if self.unsound and time.monotonic() >= self.silent_until:
             logger.warning(
                 "%d hidden states were not finite, or they or their logits would not have been after the edit, and "
-                "were left unedited; those tokens are unguided.",
-                count,
+                "were left unedited; those tokens are unguided. Give requests a smaller step size, scale or strength.",
+                self.unsound,
             )
-            self.unsound = None
+            self.unsound, self.silent_until = 0, time.monotonic() + SECONDS_BETWEEN_WARNINGS
 
 
 _made: list[_Routing] = []
@@ -102,11 +118,7 @@ class SteeredLogitsProcessor(LogitsLayer):  # type: ignore[misc]
         if routing is None or routing.armed is None:
             return stock(hidden_states)  # type: ignore[no-any-return]
         control, routing.armed = routing.armed, None
-        if skip_gather and control.bounds:
-            raise SteeringNotApplied(
-                "This rank has a shard of the vocabulary only, and recontrol_max_kl would not hold."
-            )
-        logits, unsound = control.logits(hidden_states, stock)
+        logits, unsound = control.logits(hidden_states, stock, whole_batches=own is not self)
         routing.note(unsound)
         return logits
 
@@ -150,6 +162,7 @@ class RequestRouter(LogitsProcessor):  # type: ignore[misc]
             rows = [self.of_row.get(row) for row in range(batch_update.batch_size)]
             self.control = BatchControl(rows) if any(one is not None for one in rows) else None
         self.routing.armed = self.control
+        self.routing.warn()
 
     def _controller(self, params: Any, prompt: Any, output: Any) -> Controller | None:
         controller = self.routing.heads.controller(params.extra_args)
@@ -189,6 +202,7 @@ def _routing_of(vllm_config: Any, layer: LogitsLayer) -> _Routing | None:
     """That of the worker's router; None where nothing is steered, or raises where it cannot be."""
     if _settings(vllm_config) is None or vllm_config.model_config.runner_type != "generate":
         return None
+    _check_runner(vllm_config.use_v2_model_runner)  # which makes no router of ours, and its models before any
     given = vllm_config.model_config.logits_processors or []
     if ROUTER not in given and RequestRouter not in given:
         raise ValueError(
@@ -216,6 +230,7 @@ def _check_engine(vllm_config: Any) -> None:
     _check_runner(vllm_config.use_v2_model_runner)
     if vllm_config.speculative_config is not None:
         raise ValueError("Speculative decoding is configured, with which vLLM takes no router. Leave it out.")
+    # That and V2 are also where a rank keeps logits of its shard of the vocabulary, on which no max_kl can be measured.
     if vllm_config.parallel_config.enable_batch_sharded_sampling:
         raise ValueError("enable_batch_sharded_sampling splits logits by ranks, which is not supported. Leave it out.")
     if op_registry_oot.get(LAYER) is not SteeredLogitsProcessor:
@@ -228,7 +243,10 @@ def _check_engine(vllm_config: Any) -> None:
 
 def _check_runner(is_v2: bool) -> None:
     if is_v2:
-        raise ValueError(f"vLLM's Model Runner V2 cannot be steered. Set {V2}=0, which chooses V1.")
+        raise ValueError(
+            f"vLLM's Model Runner V2 cannot be steered. Set {V2}=0, which chooses V1, and leave out what vLLM runs "
+            "with V2 alone: --watermark-config, HiSparse."
+        )
 
 
 def _check_heads(heads: ServedHeads, model_config: Any) -> None:

@@ -26,16 +26,19 @@ class BatchControl:
         self._on_device: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
-    def logits(self, hidden_states: Tensor, lm_head: Callable[[Tensor], Tensor | None]) -> tuple[Tensor | None, Tensor]:
+    def logits(
+        self, hidden_states: Tensor, lm_head: Callable[[Tensor], Tensor | None], *, whole_batches: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
         """The steered logits, and how many rows were left plain because they or their edit were not finite.
 
-        The base rows of a max_kl go through the LM head beside the edited ones, so that soft-caps and scales are in
-        both.
+        The base rows of a max_kl go through the LM head too, so that soft-caps and scales are in both.
 
         Args:
             hidden_states: float (rows, hidden_size); never written.
             lm_head: from hidden states to logits, (…, vocabulary), of the whole vocabulary; or to None, where another
                 rank of a tensor-parallel group has them.
+            whole_batches: whether the LM head takes the batch's rows and no others, as one with LoRA adapters does,
+                which knows by its place which adapter a row has. Reads the LM head's weights twice.
 
         Returns:
             The logits, (rows, vocabulary), in float32 where a row has a max_kl; and int64 ().
@@ -53,11 +56,15 @@ class BatchControl:
         if not self.bounds:
             return lm_head(edited), unsound
         rows, bounds = self._tensors(hidden_states.device)
-        both = lm_head(torch.cat([edited, hidden_states[rows]]))
-        if both is None:
+        if whole_batches:
+            steered, base = lm_head(edited), lm_head(hidden_states)
+        else:
+            steered = base = lm_head(torch.cat([edited, hidden_states[rows]]))
+        if steered is None or base is None:
             return None, unsound
-        logits = both[: len(edited)].to(torch.promote_types(both.dtype, torch.float32), copy=True)
-        logits[rows], share = bounded(both[len(edited) :], logits[rows], bounds)
+        base = base[rows] if whole_batches else base[len(edited) :]
+        logits = steered[: len(edited)].to(torch.promote_types(steered.dtype, torch.float32), copy=True)
+        logits[rows], share = bounded(base, logits[rows], bounds)
         return logits, unsound + (share == 0).sum()
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:

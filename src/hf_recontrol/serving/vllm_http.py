@@ -1,14 +1,24 @@
 """In front of vLLM's HTTP server: what it would not hear, and so would answer with plain text, is refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ..config_checks import shown
-from .vllm_requests import EXAMPLE
+from .vllm_requests import EXAMPLE, is_ours
 
-STEERABLE = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate")
-"""Where vLLM hands a request's vllm_xargs, or its extra_args, on to the engine."""
+XARGS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+"""Where vLLM hands a request's vllm_xargs on to the engine, when the request is JSON."""
+GENERATE = "/inference/v1/generate"
+"""Where it hands on the extra_args of sampling_params, and no vllm_xargs."""
+SIGNS = (b"recontrol", b"value_head", b"generation_config")
+"""A request without one of these asks for nothing, and is not read."""
+MEND = (
+    f'Requests can be steered at {", ".join(XARGS)}, by JSON with {{"vllm_xargs": {EXAMPLE}}}, and at {GENERATE}, with '
+    "the same as extra_args in sampling_params."
+)
+Place = tuple[str | int, ...]
+"""Of an object in a request: the names that lead to it."""
 
 
 class RefuseUnheard:
@@ -42,23 +52,32 @@ class RefuseUnheard:
 
 def unheard(path: str, body: bytes) -> str | None:
     """Why vLLM would not steer a request that asks for it; None where it would, or nothing is asked for."""
+    if not any(sign in body for sign in SIGNS):
+        return None
+    heard: Place = ("sampling_params", "extra_args") if path.endswith(GENERATE) else ("vllm_xargs",)
     try:
         request = json.loads(body)
-    except ValueError:  # not JSON: a sound, say, or vLLM's to refuse
-        return None
-    if not isinstance(request, Mapping):
-        return None
-    for name in request:
-        if name == "generation_config" or name.startswith("recontrol"):
-            return (
-                f"The request has {shown(name)}, which vLLM does not read. Put what steers into vllm_xargs: "
-                f'{{"vllm_xargs": {EXAMPLE}}}.'
-            )
-    xargs = request.get("vllm_xargs")
-    if not isinstance(xargs, Mapping) or not any(name.startswith("recontrol") for name in xargs):
-        return None
-    if request.get("use_beam_search"):
-        return "vLLM's beam search does not read vllm_xargs, so it would not be steered. Leave use_beam_search out."
-    if not path.endswith(STEERABLE):
-        return f"{path} does not read vllm_xargs. Requests can be steered at {', '.join(STEERABLE)}."
+    except RecursionError:
+        return "The request is nested too deeply to be read."
+    except ValueError:  # a form, say, as of speech
+        return f"The request asks to be steered, but is no JSON. {MEND}"
+    for place, name in _ours(request):
+        if place != heard or not path.endswith((*XARGS, GENERATE)):
+            where = ".".join(map(str, place)) or "the request itself"
+            return f"The request has {shown(name)} in {shown(where)}, which {path} does not read. {MEND}"
+        if request.get("use_beam_search"):
+            return "vLLM's beam search does not read vllm_xargs, so it would not be steered. Leave use_beam_search out."
     return None
+
+
+def _ours(request: Any) -> Iterator[tuple[Place, str]]:
+    """Every name in a request that is meant to steer, and the place of the object that has it."""
+    found: list[tuple[Place, Any]] = [((), request)]
+    while found:
+        place, value = found.pop()
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, one in inside:
+            if isinstance(name, str) and (is_ours(name) or (name == "generation_config" and not place)):
+                yield place, name
+            elif isinstance(one, dict | list):
+                found.append(((*place, name), one))

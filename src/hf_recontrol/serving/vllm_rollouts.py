@@ -6,6 +6,8 @@ connector of vLLM that extracts hidden states has those in front of the norm.)
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,28 +16,32 @@ from transformers import PreTrainedModel
 
 from ..config_checks import shown
 from ..control_checks import unlike_softmax
-from .vllm_requests import VARIABLE
+from .vllm_settings import VARIABLE
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "max_new_tokens")
+OURS = ("model", "revision", "dtype", "runner", "pooler_config", "logits_processors", "additional_config")
+SHARE = 0.42
+"""Of an accelerator's memory for each engine, where the user says nothing else."""
 
 
 class VllmAnswers:
     """Answers and their hidden states, for collect_rollouts(…, engine=VllmAnswers(model)).
 
-    Starts two engines, which each hold the model's weights and live until the process ends.
+    Starts two engines for the first block, which each hold the model's weights and live until the process ends.
 
     Args:
         model: the model of the rollouts, by which the engines' own is read: its name and revision, and its dtype. On
             an accelerator that is the engines' it should be on the CPU.
-        share: of an accelerator's memory for each engine.
-        engine: more for vllm.LLM.
+        engine_args: more for both, of vllm.LLM: {"tensor_parallel_size": 2}. gpu_memory_utilization, of each, is 0.42
+            where not given. The others are in the rollouts' fingerprint.
 
     Raises:
         ImportError: vLLM is not installed.
-        ValueError: the model has settings of generate() that vLLM would not follow, or heads are in the environment.
+        ValueError: the model has settings of generate() that vLLM would not follow, heads are in the environment, or
+            an engine argument is set here or does not exist.
     """
 
-    def __init__(self, model: PreTrainedModel, *, share: float = 0.42, engine: Mapping[str, Any] | None = None):
+    def __init__(self, model: PreTrainedModel, *, engine_args: Mapping[str, Any] | None = None):
         try:
             import vllm
         except ImportError as error:
@@ -48,18 +54,38 @@ class VllmAnswers:
                 f"The model's generation config has {shown(changed)}, which vLLM would not follow. Collect without "
                 "vLLM, or with these settings neutral."
             )
-        common = {
+        more = dict(engine_args or {})
+        known = {field.name for field in fields(vllm.EngineArgs)}
+        if wrong := sorted(name for name in more if name in OURS or name not in known):
+            raise ValueError(
+                f"The engine arguments have {shown(wrong)}, which vllm.LLM does not know, or which the rollouts decide "
+                f"({', '.join(OURS)}). Leave them out."
+            )
+        self._arguments = {
             "model": model.config._name_or_path,
             "revision": getattr(model.config, "_commit_hash", None),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "gpu_memory_utilization": share,
-            **(engine or {}),
+            "gpu_memory_utilization": SHARE,
+            **more,
         }
         self._dtype = model.dtype
-        self.facts = {"engine": f"vllm {vllm.__version__}"}
-        self._writer = vllm.LLM(**common)
+        self.facts: dict[str, Any] = {"engine": f"vllm {vllm.__version__}"}
+        if decisive := {name: value for name, value in more.items() if name != "gpu_memory_utilization"}:
+            self.facts["engine_args"] = decisive
+
+    @cached_property
+    def _engines(self) -> tuple[Any, Any]:
+        """What writes, and what reads again. Started late: what is wrong with the rollouts is said before."""
+        import vllm
+
         pooling = vllm.config.PoolerConfig(task="token_embed", use_activation=False)
-        self._reader = vllm.LLM(**common, runner="pooling", pooler_config=pooling)
+        reader = {"runner": "pooling", "pooler_config": pooling}
+        return vllm.LLM(**self._arguments), vllm.LLM(**self._arguments, **reader)
+
+    def check(self, generation: Mapping[str, Any]) -> None:
+        """Raise ValueError where generate()'s keywords are others than vLLM is given."""
+        if more := sorted(set(generation) - {*SAMPLING, "eos_token_id"}):
+            raise ValueError(f"generation_kwargs has {more}, which vLLM is not given. Leave them out.")
 
     def __call__(
         self, prompts: Sequence[list[int]], eos: Sequence[int], stop_strings: Sequence[str], generation: dict[str, Any]
@@ -76,11 +102,10 @@ class VllmAnswers:
             The new tokens; the states that predicted them, (tokens, hidden_size) each; and how many tokens there were
             at a stop string, None where none was met.
         """
-        if more := sorted(set(generation) - {*SAMPLING, "eos_token_id"}):
-            raise ValueError(f"generation_kwargs has {more}, which vLLM is not given. Leave them out.")
         from vllm import SamplingParams
 
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # by the block's seed
+        seeds = torch.randint(2**31, (len(prompts),)).tolist()  # by the block's seed, before an engine sets its own
+        writer, reader = self._engines
         sampling = {
             "temperature": generation["temperature"] if generation["do_sample"] else 0.0,
             "max_tokens": generation["max_new_tokens"],
@@ -92,16 +117,16 @@ class VllmAnswers:
         if generation["do_sample"]:
             sampling |= {"top_p": generation["top_p"], "top_k": generation["top_k"]}
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self._writer.generate(inputs, [SamplingParams(seed=s, **sampling) for s in seeds], use_tqdm=False)
+        outputs = writer.generate(inputs, [SamplingParams(seed=s, **sampling) for s in seeds], use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
         token_ids = [list(answer.token_ids) for answer in answers]
         stopped = [len(answer.token_ids) if isinstance(answer.stop_reason, str) else None for answer in answers]
-        return token_ids, self._states(prompts, token_ids), stopped
+        return token_ids, self._states(reader, prompts, token_ids), stopped
 
-    def _states(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tensor]:
+    def _states(self, reader: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tensor]:
         """Of each answer's tokens the states that predict them: from the prompt's last position on."""
         texts = [{"prompt_token_ids": prompt + answer[:-1]} for prompt, answer in zip(prompts, answers, strict=True)]
-        outputs = self._reader.encode(texts, pooling_task="token_embed", use_tqdm=False)
+        outputs = reader.encode(texts, pooling_task="token_embed", use_tqdm=False)
         return [
             output.outputs.data[len(prompt) - 1 :].to(self._dtype)
             for output, prompt in zip(outputs, prompts, strict=True)

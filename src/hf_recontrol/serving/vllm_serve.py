@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
-from .vllm_requests import KEY, ROUTER, VARIABLE, ServedHeads, settings_from, steering_arguments
+from .vllm_requests import steering_arguments
+from .vllm_settings import KEY, ROUTER
 
 MIDDLEWARE = "hf_recontrol.serving.vllm_http.RefuseUnheard"
 OURS = ("--logits-processors", "--additional-config")
@@ -29,7 +30,6 @@ def serve(model: str, heads: Mapping[str, str], *, default: str | None = None, a
     if find_spec("vllm") is None:
         raise ImportError("This needs vLLM. Install it: pip install 'hf-recontrol[vllm]'")
     command = command_line(model, heads, default=default, arguments=arguments)
-    ServedHeads(settings_from(os.environ[VARIABLE]))
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -37,10 +37,13 @@ def serve(model: str, heads: Mapping[str, str], *, default: str | None = None, a
 def command_line(
     model: str, heads: Mapping[str, str], *, default: str | None = None, arguments: Sequence[str] = ()
 ) -> list[str]:
-    """The command of `serve`. Sets the environment variables that go with it, as `steering_arguments` does."""
+    """The command of `serve`. Reads the heads and sets the environment variables, as `steering_arguments` does."""
     for argument in arguments:
-        if argument.split("=")[0].replace("_", "-") in OURS:
+        flag = argument.split("=")[0].split(".")[0].replace("_", "-")
+        if flag in OURS:
             raise ValueError(f"{argument} is set by hf-recontrol serve. To set it yourself, start vllm serve by hand.")
+        if flag == "--watermark-config":
+            raise ValueError(f"{argument} makes vLLM run its Model Runner V2, which cannot be steered. Leave it out.")
     settings = steering_arguments(heads, default=default)["additional_config"][KEY]
     ours = ["--logits-processors", ROUTER, "--additional-config", json.dumps({KEY: settings})]
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
