@@ -1,12 +1,17 @@
 """A repository's custom_generate/generate.py says what the plug-in says, where the package cannot be imported."""
 
 import ast
+import collections
+import functools
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -21,6 +26,7 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_recontrol import Head, HeadError, HeadUnavailable, enable_recontrol
 
@@ -185,11 +191,30 @@ def test_models_of_other_kinds_are_steered_alike(pushed, kind):
     assert found == by_plug_in(model, head, {**MODES["sampling"], **TOKENS}, **prompts())
 
 
-def test_drafts_of_another_model_are_plain_and_the_text_is_the_plug_ins(pushed):
-    head, model = tiny_control_head(), tiny_model()
-    one, mode = prompts(rows=1), {"do_sample": False, "assistant_model": tiny_model(1), **TOKENS}
-    found = by_file(model, pushed(head), **one, **mode).tolist()
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+@pytest.mark.parametrize("drafts_of", ["another model", "the model itself"])
+def test_drafts_of_a_model_are_plain_and_the_text_is_the_plug_ins(pushed, drafts_of, mode):
+    head, model, one = tiny_control_head(), tiny_model(), prompts(rows=1)
+    mode = {**MODES[mode], "assistant_model": tiny_model(1) if drafts_of == "another model" else model, **TOKENS}
+    repo_id = pushed(head)
+    set_seed(0)
+    found = by_file(model, repo_id, **one, **mode).tolist()
     assert found == by_plug_in(model, head, mode, **one)
+
+
+def test_a_plain_text_made_inside_a_steered_one_is_plain(pushed):
+    head, model, inside = tiny_control_head(), tiny_model(), []
+    arguments = {**prompts(), **MODES["greedy"], **TOKENS}
+    plain = model.generate(**arguments).tolist()
+
+    class Aside(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            inside.append(model.generate(**arguments).tolist())
+            return scores
+
+    found = by_file(model, pushed(head), **arguments, logits_processor=[Aside()]).tolist()
+    assert inside == [plain] * TOKENS["max_new_tokens"]
+    assert found == by_plug_in(model, head, {}, **arguments) != plain
 
 
 def test_nothing_stays_on_the_model(pushed):
@@ -225,6 +250,125 @@ def test_another_thread_on_the_same_model_is_plain(pushed):
     assert by_file(model, repo_id, **arguments).tolist() == steered
     assert len(meanwhile) == TOKENS["max_new_tokens"]
     assert all(text == plain for text in meanwhile)
+
+
+def test_nothing_is_put_on_the_model_meanwhile(pushed):
+    """So there is nothing that another thread could meet half put on or half taken away."""
+    model, seen = tiny_model(), []
+    hooks = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+
+    def state():
+        return [(type(m), {**vars(m)}, *({**getattr(m, name)} for name in hooks)) for m in model.modules()]
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(state())
+            return scores
+
+    before = state()
+    by_file(model, pushed(tiny_control_head()), **prompts(), **TOKENS, logits_processor=[Look()])
+    assert seen == [before] * TOKENS["max_new_tokens"]
+
+
+def test_threads_steered_by_two_heads_and_plain_ones_on_one_model_do_not_meet(pushed):
+    other = tiny_control_head(1)
+    other.config.control.max_kl = 0.05
+    model, faults, done = tiny_model(), [], collections.Counter()
+    files = [
+        model.load_custom_generate(pushed(head, repo_id), trust_remote_code=True)
+        for head, repo_id in ((tiny_control_head(), "user/head"), (other, "user/other"))
+    ]
+    texts = [lambda file=file, **arguments: file(model=model, **arguments) for file in files] + [model.generate] * 2
+    arguments = [{**prompts(), **MODES["greedy"], "max_new_tokens": 2 + i} for i in range(len(texts))]
+    expected = [text(**one).tolist() for text, one in zip(texts, arguments, strict=True)]
+    assert expected[0] != model.generate(**arguments[0]).tolist()
+    end = time.monotonic() + 3
+
+    def work(i):
+        while time.monotonic() < end:
+            try:
+                if texts[i](**arguments[i]).tolist() != expected[i]:
+                    faults.append(f"thread {i}: another text")
+            except Exception as error:
+                faults.append(f"thread {i}: {error!r}")
+            done[i] += 1
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(texts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not faults, (len(faults), faults[:3])
+    assert min(done[i] for i in range(len(texts))) > 3
+
+
+def never(graph, inputs):
+    raise AssertionError("a steered forward was compiled")
+
+
+@pytest.mark.parametrize("kept", ["accelerate", "torch.compile", "the compiled LM head"])
+def test_a_model_that_keeps_a_forward_of_its_own_is_steered(pushed, kept):
+    head, model, repo_id = tiny_control_head(), tiny_model(), pushed(tiny_control_head())
+    inputs = {"input_ids": prompts()["input_ids"]}
+    inputs["input_ids"][0, :2] = 0  # padding, of which generate() makes a mask if forward() takes one
+    expected = by_plug_in(tiny_model(), head, {**MODES["greedy"], **TOKENS}, **inputs)
+    if kept == "accelerate":
+        pytest.importorskip("accelerate").dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        assert "forward" in vars(model)
+    elif kept == "torch.compile":
+        model.forward = torch.compile(model.forward, backend=never)
+    else:
+        model.lm_head.compile(backend=never)
+    assert by_file(model, repo_id, **inputs, **MODES["greedy"], **TOKENS).tolist() == expected
+
+
+def test_an_lm_head_that_is_called_by_name_is_steered_and_outside_of_a_forward_is_plain(pushed):
+    head, aside, states = tiny_control_head(), [], torch.ones(1, 16)
+
+    class ByName(type(tiny_model())):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            aside.append(self.lm_head(input=states).tolist())
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+        def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **kwargs):
+            hidden_states = self.model(input_ids, attention_mask, **kwargs)[0][:, -logits_to_keep:]
+            return CausalLMOutputWithPast(logits=self.lm_head(input=hidden_states))
+
+    model, arguments = tiny_model(), {**prompts(), **MODES["greedy"], **TOKENS, "use_cache": False}
+    expected = by_plug_in(tiny_model(), head, {}, **arguments)
+    model.__class__ = ByName
+    assert by_file(model, pushed(head), **arguments).tolist() == expected
+    assert aside == [model.lm_head(states).tolist()] * TOKENS["max_new_tokens"]
+
+
+def test_what_a_forward_notes_on_the_model_is_there_afterwards(pushed):
+    class Counting(type(tiny_model())):
+        def forward(self, *args, **kwargs):
+            self.forwards = getattr(self, "forwards", 0) + 1
+            return super().forward(*args, **kwargs)
+
+    model = tiny_model()
+    model.__class__ = Counting
+    by_file(model, pushed(tiny_control_head()), **prompts(), **TOKENS)
+    assert model.forwards == TOKENS["max_new_tokens"]
+
+
+def test_a_model_deleted_after_a_text_is_freed_at_once(pushed):
+    model, repo_id = tiny_model(), pushed(tiny_control_head())
+    gc.collect()
+    gc.disable()
+    try:
+        by_file(model, repo_id, **prompts(), **TOKENS)
+        weights = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
 
 
 def test_the_weights_are_those_of_the_commit_that_the_file_was_written_for(hub, pushed):
@@ -279,7 +423,7 @@ def test_the_file_reads_well_and_imports_what_transformers_brings(hub, pushed):
         }
         assert imported - sys.stdlib_module_names == {"torch", "transformers", "safetensors", "huggingface_hub"}
         assert all(len(line) <= 120 for line in text.splitlines())
-        assert text.count("\n") < 320
+        assert text.count("\n") < 330
 
 
 # What is refused
@@ -333,7 +477,7 @@ def test_a_folder_cannot_have_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"recontrol_strength": 0.1}, "without recontrol_strength.*pip install"),
+        ({"recontrol_strength": 0.1}, "not support recontrol_strength.*pip install"),
         ({"assistant_early_exit": 1}, "assistant_early_exit"),
         ({"assistant_model": tiny_model(1), "assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
     ],
@@ -356,17 +500,42 @@ def test_a_model_of_another_width_is_refused_and_another_base_model_warned_of(pu
     by_file(model, repo_id, **prompts(), **TOKENS)
 
 
-def test_a_forward_that_goes_by_the_lm_head_gives_no_text(pushed):
+def by_its_weight(model):
+    def forward(self, input_ids, logits_to_keep, **kwargs):
+        hidden_states = self.model(input_ids, **kwargs)[0][:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=torch.nn.functional.linear(hidden_states, self.lm_head.weight))
+
+    model.__class__ = type("ByItsWeight", (type(model),), {"forward": forward})
+
+
+def by_a_wrapper(model):
+    stock = model.forward
+    model.forward = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs))
+
+
+@pytest.mark.parametrize("change", [by_its_weight, by_a_wrapper])
+def test_a_forward_that_goes_by_the_lm_head_gives_no_text(pushed, change):
     model = tiny_model()
-    model.lm_head.forward, stock = None, model.lm_head.forward
-
-    class Aside(torch.nn.Linear):
-        def __call__(self, hidden_states):  # no hook runs
-            return stock(hidden_states)
-
-    model.lm_head.__class__ = Aside
-    with pytest.raises(RuntimeError, match="could not be steered"):
+    change(model)
+    assert model.generate(**prompts(), **TOKENS).shape[1] > TOKENS["max_new_tokens"]
+    with pytest.raises(RuntimeError, match=r"could not be steered.*Was model\.forward replaced"):
         by_file(model, pushed(tiny_control_head()), **prompts(), **TOKENS)
+
+
+def test_a_text_without_a_forward_of_the_model_is_not_returned(pushed):
+    model = tiny_model()
+    file = model.load_custom_generate(pushed(tiny_control_head()), trust_remote_code=True)
+    model.__class__ = type("Elsewhere", (type(model),), {"generate": lambda self, **_: tiny_model().generate(**_)})
+    with pytest.raises(RuntimeError, match="No forward pass of this model was steered"):
+        file(model=model, **prompts(), **TOKENS)
+
+
+def test_paged_is_refused_before_a_token_is_made(pushed):
+    model, forwards = tiny_model(), []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(ValueError, match='does not support cache_implementation="paged"'):
+        by_file(model, pushed(tiny_head()), **prompts(), **TOKENS, cache_implementation="paged")
+    assert not forwards
 
 
 @pytest.mark.slow

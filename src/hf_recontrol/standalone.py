@@ -7,7 +7,6 @@ import functools
 import hashlib
 import math
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ activation, slope = torch.relu, relu_slope
 def generate(model: Any, **kwargs: Any) -> Any:
     """model.generate(**kwargs), with h + u in the place of each hidden state h that the LM head reads.
 
-    Every way of decoding that forwards the model in the calling thread, without torch.compile. Calls of other threads
-    stay as they are.
+    Every way of decoding, by forwards that are not compiled. The model stays as it is: other calls of it, in other
+    threads or inside this one, are plain.
 
     Raises:
         ValueError: an option or a model that is not supported; files that are not those of this head.
@@ -44,33 +43,33 @@ def generate(model: Any, **kwargs: Any) -> Any:
     check(model, kwargs)
     weights(model.device, **download)  # what cannot be had is said before the work
     steering = Steering(model, download)
-    hooks = steering.hooks()
     try:
-        # a graph compiled with the hooks would outlive them
-        output = type(model).generate(model, **kwargs, disable_compile=True)
+        kwargs["disable_compile"] = True  # a graph would outlive the call
+        output = type(model).generate(steering.views[id(model)], **kwargs)
     finally:
-        steering.over = True
-        for hook in hooks:
-            hook.remove()
-    steering.finish()
+        steering.views.clear()  # they are in a circle, which would keep the weights of a deleted model
+    if not steering.unsound:  # nothing was edited
+        raise RuntimeError("No forward pass of this model was steered. No text is returned.")
+    if plain := sum(map(int, steering.unsound)):
+        warnings.warn(f"{plain} hidden states were not finite when steered, and were left plain.", stacklevel=2)
     return output
 
 
 def check(model: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what would not be steered as it should, and warn of another base model."""
-    kwargs.pop("disable_compile", None)
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    for name in ("assistant_early_exit", "assistant_ensemble_weight"):  # drafts by this model, or mixed with the text
-        said = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        if any(value is not None for value in said):
-            raise ValueError(f"custom_generate={REPO_ID!r} does not support {name}. Leave it out.")
-    if ours := sorted(name for name in kwargs if name.startswith("recontrol_")):
+    said = [kwargs, *(vars(one) for one in (kwargs.get("generation_config"), model.generation_config) if one)]
+    drafts = ("assistant_early_exit", "assistant_ensemble_weight")  # by this model, or mixed with the text
+    refused = [name for name in drafts if any(one.get(name) is not None for one in said)]
+    refused += [name for name in kwargs if name.startswith("recontrol_")]
+    if kwargs.get("cache_implementation") == "paged":  # it runs in a thread of its own
+        refused.append('cache_implementation="paged"')
+    if refused:
         raise ValueError(
-            f"custom_generate={REPO_ID!r} steers as this head does by default, without {', '.join(ours)}. Leave them "
-            "out, or use the package: pip install hf-recontrol."
+            f"custom_generate={REPO_ID!r} does not support {', '.join(refused)}. Leave it out; for what begins with "
+            "recontrol_, use the package: pip install hf-recontrol."
         )
     lm_head = model.get_output_embeddings()
-    if not isinstance(lm_head, nn.Module) or isinstance(lm_head, nn.Embedding | nn.ModuleList):
+    if lm_head not in model.modules() or isinstance(lm_head, nn.Embedding | nn.ModuleList):
         raise ValueError(f"{type(model).__name__} has no LM head that maps hidden states to logits, as steering needs.")
     width = getattr(lm_head, "in_features", None) or model.config.get_text_config().hidden_size
     if width != HIDDEN_SIZE:
@@ -99,36 +98,70 @@ def layers_of(tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
 
 
 class Steering:
-    """h ← h + u in front of the LM head, in one thread and in the model's own forwards, for one generate()."""
+    """h ← h + u in front of the LM head of a view of the model, for one generate().
+
+    The view is another object with the same state, one __dict__ for both. Hooks on the model itself would be seen by
+    other threads, and torch reads hooks while they change.
+    """
 
     def __init__(self, model: Any, download: dict[str, Any]):
-        self.lm_head = model.get_output_embeddings()
-        inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        self.owner = [module for module in inside if module.get_output_embeddings() is self.lm_head][-1]
-        self.download, self.thread, self.over = download, threading.get_ident(), False
-        self.inside = self.fired = self.ever = False
-        self.unsound: dict[torch.device, Tensor] = {}  # hidden states left as they are, on each device
+        self.download = download
+        self.fired: bool | None = None  # whether this forward has reached the LM head; None outside of forwards
+        self.unsound: list[Tensor] = []  # how many hidden states each forward left as they are
+        self.views: dict[int, Any] = {}
+        lm_head = model.get_output_embeddings()
+        around = [module for module in model.modules() if lm_head in module.modules()]
+        owners = [one for one in around if isinstance(one, PreTrainedModel) and one.get_output_embeddings() is lm_head]
+        runs = {lm_head: self.at_head, owners[-1]: self.forward}
+        for module in reversed(around):  # from the inside
+            self.views[id(module)] = self.view(module, runs.get(module))
 
-    def hooks(self) -> list[Any]:
-        return [
-            self.owner.register_forward_pre_hook(self.before_forward, prepend=True),
-            self.lm_head.register_forward_pre_hook(self.at_head, with_kwargs=True, prepend=True),
-            self.owner.register_forward_hook(self.after_forward),
-        ]
+    def view(self, module: nn.Module, run: Any) -> Any:
+        """`module` with the views of what it holds; a call of it goes through `run`, if that is not None."""
+        stock: Any = type(module)
 
-    def before_forward(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == self.thread:
-            self.inside, self.fired = True, False
+        def bound(function: Any, view: Any) -> Any:  # with the signature that generate() reads
+            return functools.update_wrapper(functools.partial(function, view), stock.forward.__get__(view))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def at_head(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.over or not self.inside or threading.get_ident() != self.thread:
-            return None
+        names: dict[str, Any] = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+        for name, value in {**module._modules, **vars(module)}.items():
+            method = getattr(value, "_torchdynamo_orig_callable", value)
+            given = [*map(id, method.args), *method.keywords] if isinstance(method, functools.partial) else []
+            if id(value) in self.views:
+                names[name] = property(functools.partial(lambda key, _: self.views[key], id(value)))
+            elif getattr(method, "__self__", None) is module:  # kept there by torch.compile, bound to the module
+                names[name] = property(method.__func__.__get__)
+            elif given == [id(module)]:  # by accelerate
+                names[name] = property(functools.partial(bound, method.func))
+        if run is not None:
+            names["__call__"] = lambda view, *args, **kwargs: run(stock.__call__.__get__(view), *args, **kwargs)
+        view: Any = object.__new__(type(stock.__name__, (stock,), names))
+        object.__setattr__(view, "__dict__", vars(module))
+        return view
+
+    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        self.fired = False
+        outputs = call(*args, **kwargs)
+        if not self.fired:
+            raise RuntimeError(
+                f"A forward pass of {type(call.__self__).__name__} went by its LM head, so it could not be steered. No "
+                "text is returned. Was model.forward replaced? Then put the model's own back."
+            )
+        self.fired = None
+        if math.isfinite(MAX_KL):
+            base, edited = outputs.logits.chunk(2)
+            outputs.logits, share = bounded(base, edited, MAX_KL)
+            self.unsound.append((share == 0).sum())
+        return outputs
+
+    def at_head(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fired is None:  # a draft borrows it
+            return call(*args, **kwargs)
         self.fired = True
         if args:
-            return (self.edited(args[0]), *args[1:]), kwargs
+            return call(self.edited(args[0]), *args[1:], **kwargs)
         name = next(iter(kwargs))
-        return args, {**kwargs, name: self.edited(kwargs[name])}
+        return call(**kwargs | {name: self.edited(kwargs[name])})
 
     @torch.no_grad()
     def edited(self, h: Tensor) -> Tensor:
@@ -137,29 +170,9 @@ class Steering:
             x = h.to(torch.float32)
             moved = (x + control(x, weights(h.device, **self.download))).to(h.dtype)
         sound = torch.isfinite(moved).all(-1, keepdim=True)  # another row must not spoil its batch
-        self.count(~sound)
+        self.unsound.append((~sound).sum())
         moved = torch.where(sound, moved, h)
         return torch.cat([h, moved]) if math.isfinite(MAX_KL) else moved
-
-    def after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if threading.get_ident() != self.thread:
-            return
-        if not self.fired:
-            raise RuntimeError(f"A forward pass of {type(module).__name__} could not be steered; is it compiled?")
-        self.inside, self.ever = False, True
-        if math.isfinite(MAX_KL):
-            base, edited = outputs.logits.chunk(2)
-            outputs.logits, share = bounded(base, edited, MAX_KL)
-            self.count(share == 0)
-
-    def count(self, unsound: Tensor) -> None:
-        self.unsound[unsound.device] = self.unsound.get(unsound.device, 0) + unsound.sum()
-
-    def finish(self) -> None:
-        if not self.ever:
-            raise RuntimeError("No forward pass of this model was steered in this thread. No text is returned.")
-        if plain := sum(int(count) for count in self.unsound.values()):
-            warnings.warn(f"{plain} hidden states were not finite when steered, and were left plain.", stacklevel=3)
 
 
 def control(h: Tensor, tensors: dict[str, Tensor]) -> Tensor:
