@@ -30,7 +30,6 @@ import functools
 import hashlib
 import math
 import os
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
