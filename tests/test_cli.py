@@ -30,6 +30,11 @@ def test_the_version_is_that_of_the_package(command):
     assert command("--version") == f"{version('hf-recontrol')}\n"
 
 
+def test_what_is_no_head_is_named_as_what_it_is(command):
+    assert "is that of a model ('llama'), not of a head" in command("info", MODEL, status=2)
+    assert "'nope' is neither a folder nor the id" in command("info", "nope", status=2)
+
+
 def test_info_is_the_heads_config(command):
     config = json.loads(command("info", FOLDER / "value_head"))
     assert config["kind"] == "value"

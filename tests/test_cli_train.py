@@ -48,7 +48,8 @@ def test_a_head_of_each_kind_is_fitted_measured_and_saved(command, files, rollou
     printed = command("train", "--rollouts", rollouts, "--output_dir", tmp_path / "out", "--kind", kind, *model, *QUIET)
     head = Head.from_pretrained(tmp_path / "out")
     assert head.config.kind == {"linear": "value", "constant": "control"}.get(kind, kind)
-    assert "held-out answers:" in printed
+    assert ("held-out answers, at scale 1:" in printed) == (kind in ("control", "constant"))
+    assert "runtime" not in printed.rpartition("held-out answers")[2]
     assert f"Saved in {tmp_path / 'out'}." in printed
     assert ("It has no calibration" in printed) == (not model)
     assert ("explained variance" in printed) == (head.config.kind == "value")

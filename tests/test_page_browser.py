@@ -29,7 +29,7 @@ def url(tmp_path_factory):
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "2"})
     for _ in range(1200):
-        if "Running on local URL" in log.read_text() or process.poll() is not None:
+        if "The page is at" in log.read_text() or process.poll() is not None:
             break
         time.sleep(0.1)
     assert process.poll() is None, log.read_text()

@@ -54,7 +54,7 @@ def rollouts(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="Of the dataset.")] = "train",
-    name: Annotated[str | None, typer.Option(help="Of the dataset's configuration on the Hub.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the dataset's configuration on the Hub.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="How prompts are found in the dataset, where its columns do not say.")
     ] = None,

@@ -222,9 +222,9 @@ def _report(
     """The held-out metrics, beside those of the simplest head of the kind; where the head is."""
     if not is_first_process():
         return
-    typer.echo(f"\nOn {answers} held-out answers:")
+    typer.echo(f"\nOn {answers} held-out answers{', at scale 1' if kind in ('control', 'constant') else ''}:")
     for name, value in metrics.items():
-        if name.endswith(("_linear", "_interval", "_runtime", "_per_second", "_preparation_time")):
+        if name.endswith(("_linear", "_interval", "runtime", "per_second", "preparation_time")):
             continue
         if name in ("epoch", "answers", "seed"):
             continue

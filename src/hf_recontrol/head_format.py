@@ -42,7 +42,13 @@ def parse_config(data: bytes, config_class: type[HeadConfig]) -> HeadConfig:
     Raises:
         HeadError: not strict JSON, an unknown field, a wrong type, or a value out of bounds.
     """
-    return config_class.from_dict(_parse_object(data, CONFIG_NAME))
+    values = _parse_object(data, CONFIG_NAME)
+    if "architectures" in values and "kind" not in values:
+        raise HeadError(
+            f"Its {CONFIG_NAME} is that of a model ({shown(values.get('model_type'))}), not of a head. Name the head's "
+            "own folder or repository."
+        )
+    return config_class.from_dict(values)
 
 
 def size_limit_of_weights(config: HeadConfig) -> int:

@@ -197,10 +197,10 @@ def locate(
         if not Path(os.path.realpath(inside)).is_relative_to(os.path.realpath(directory)):
             raise HeadError(f"The subfolder {shown(subfolder)} is a link that leads out of {shown(str(directory))}.")
         return FolderHead(inside)
-    if isinstance(name, os.PathLike) or not _may_be_on_the_hub(repo_id) or Path(repo_id).is_file():
+    if isinstance(name, os.PathLike) or not is_head_id(repo_id):
         raise HeadUnavailable(
             f"{shown(text)} is neither a folder nor the id of a Hub repository. Expected a folder that "
-            f'ValueHead.save_pretrained wrote (it holds {CONFIG_NAME} and {WEIGHTS_NAME}), or an id like "user/head".'
+            f'Head.save_pretrained wrote (it holds {CONFIG_NAME} and {WEIGHTS_NAME}), or an id like "user/head".'
         )
     return HubHead(repo_id, pinned or revision, checked_token(token), subfolder, cache_dir, local_files_only)
 
@@ -212,6 +212,11 @@ def folder_at(name: str) -> Path | None:
         return folder if name and folder.is_dir() else None
     except (OSError, RuntimeError):  # longer than a path can be; ~somebody who is not known here
         return None
+
+
+def is_head_id(name: str) -> bool:
+    """Whether `name` can be the id of a head on the Hub: a user's, so with one slash."""
+    return "/" in name and _may_be_on_the_hub(name) and not Path(name).is_file()
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -320,5 +325,5 @@ def _missing(name: str, present: list[str]) -> HeadError:
             "so it never is. Load it where you trust it, copy the weights into a ValueHead, and call save_pretrained."
         )
     return HeadError(
-        f"It has no {name}. A head has {CONFIG_NAME} and {WEIGHTS_NAME}; ValueHead.save_pretrained writes them."
+        f"It has no {name}. A head has {CONFIG_NAME} and {WEIGHTS_NAME}; Head.save_pretrained writes them."
     )

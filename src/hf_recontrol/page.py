@@ -110,7 +110,10 @@ def launch_page(page: Any, *, host: str | None = None, port: int | None = None, 
         port: the first that is free from 7860 where None.
         options: further ones of `gradio.Blocks.launch`.
     """
-    page.launch(server_name=host, server_port=port, css=CSS, footer_links=[], run_history=False, **options)
+    options = {"quiet": True, "prevent_thread_lock": True, "run_history": False, "footer_links": []} | options
+    _, url, _ = page.launch(server_name=host, server_port=port, css=CSS, **options)
+    print(f"The page is at {url} until Ctrl-C.", flush=True)
+    page.block_thread()
 
 
 def _gradio() -> Any:

@@ -76,7 +76,7 @@ def as_head(head: "str | os.PathLike[str] | Head", *, revision: str | None = Non
     if isinstance(head, str | os.PathLike):
         return load_head(os.fspath(head), revision, token)
     raise TypeError(
-        f"recontrol_value_head is a {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead or "
+        f"recontrol_value_head is of type {type(head).__name__}; it must be an id on the Hub, a folder, a ValueHead or "
         "ControlHead, a dict of these with their weights, or False."
     )
 

@@ -84,7 +84,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], list[Block]]:
         fingerprint, blocks = read_manifest(folder / MANIFEST)
     except FileNotFoundError as error:
         raise CollectError(
-            f"{folder / MANIFEST} does not exist, so this is no folder of rollouts. Make it with collect_rollouts."
+            f"{folder / MANIFEST} does not exist, so this is no folder of rollouts. Make it with collect_rollouts, or "
+            "`hf-recontrol rollouts`."
         ) from error
     return fingerprint, list({block.block: block for block in (*blocks, *others)}.values())
 

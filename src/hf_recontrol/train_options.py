@@ -49,7 +49,7 @@ class TrainOptions:
     iterations: int = _option(1, "Without rollouts: rounds of answers, each written under the head fitted before.")
     dataset: str | None = _option(None, "Without rollouts: the prompts, an id, a folder, or a JSONL or Parquet file.")
     split: str = _option("train", "Of the dataset.")
-    dataset_name: str | None = _option(None, "Of the dataset's configuration on the Hub.")
+    dataset_name: str | None = _option(None, "The name of the dataset's configuration on the Hub.")
     dataset_recipe: str | None = _option(None, "How prompts are found in the dataset, where its columns do not say.")
     limit: int | None = _option(None, "So many prompts, at most.")
     reward: list[str] = field(
