@@ -93,7 +93,7 @@ def test_defaults_are_stored_replaced_and_cleared_and_the_rest_of_the_config_sta
         ({tiny_head(): 0}, {}, "weight is 0"),
         ({}, {}, "has 0 heads"),
         ({tiny_head(1): 1.0, calibrated(2): 1.0}, {}, "differ in their num_steps"),
-        (3, {}, "recontrol_value_head is a int"),
+        (3, {}, "recontrol_value_head is of type int"),
         ("./no/such/folder", {}, "no/such/folder"),
         (None, {"step_size": -1}, "step_size is -1"),
         (None, {"num_step": 1}, "no keyword 'num_step'"),

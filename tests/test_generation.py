@@ -357,7 +357,7 @@ class NoToken:
 
 @pytest.mark.parametrize("head", [3, True, {"a"}])
 def test_what_is_no_head_is_refused(model, head):
-    with pytest.raises(TypeError, match=f"recontrol_value_head is a {type(head).__name__}"):
+    with pytest.raises(TypeError, match=f"recontrol_value_head is of type {type(head).__name__}"):
         model.generate(**prompts(), streamer=NoToken(), recontrol_value_head=head)
 
 

@@ -151,14 +151,14 @@ def test_two_names_of_one_head_add_up(model, head, tmp_path):
     ("given", "error", "words"),
     [
         ({}, ValueError, "has 0 heads"),
-        ({3: 1.0}, TypeError, "recontrol_value_head is a int"),
-        ({None: 1.0}, TypeError, "recontrol_value_head is a NoneType"),
+        ({3: 1.0}, TypeError, "recontrol_value_head is of type int"),
+        ({None: 1.0}, TypeError, "recontrol_value_head is of type NoneType"),
         ({tiny_head(): 0}, ValueError, r"weight is 0\.0; .* other than 0"),
         ({tiny_head(): "1"}, ValueError, "weight is '1'"),
         ({tiny_head(): nan}, ValueError, "weight is nan"),
         ({tiny_head(): 10**400}, ValueError, "weight is 1000"),
         ({tiny_head(): 1.0, tiny_head(hidden_size=8): 1.0}, HeadMismatch, r"8 wide .* 16 wide"),
-        ([3, None, None], TypeError, "recontrol_value_head is a int"),
+        ([3, None, None], TypeError, "recontrol_value_head is of type int"),
         (("user/never-fetched",), ValueError, "list of 1, but 3 prompts"),
     ],
 )

@@ -132,7 +132,7 @@ def test_what_is_said_beside_a_list_of_plain_rows_is_checked_too(model):
         tokens(model, recontrol_value_head=[None, None, None], recontrol_strength=-5)
     with pytest.raises(ValueError, match="for one head, or several with weights"):
         tokens(model, recontrol_value_head=[None] * 3, recontrol_trace=True, return_dict_in_generate=True)
-    with pytest.raises(TypeError, match="recontrol_value_head is a list"):
+    with pytest.raises(TypeError, match="recontrol_value_head is of type list"):
         tokens(model, recontrol_value_head=[[tiny_head()], None, None])
 
 
