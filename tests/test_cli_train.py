@@ -171,6 +171,14 @@ def test_a_value_head_is_trained_in_rounds_by_train_value(command, files, tmp_pa
     assert Head.from_pretrained(tmp_path).config.hidden_size == 16
 
 
+def test_what_only_a_person_knows_is_said_for_the_card(command, rollouts, tmp_path):
+    said = ("--license", "apache-2.0", "--language", "en", "--data", "user/prompts", "--data_license", "odc-by")
+    command("train", "--rollouts", rollouts, "--output_dir", tmp_path, "--kind", "linear", *QUIET, *said)
+    card = (tmp_path / "README.md").read_text()
+    for line in ("license: apache-2.0", "language: en", "datasets: user/prompts", "`user/prompts`, licence `odc-by`"):
+        assert line in card
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_training_with_a_checkpoint_and_without_a_traceback(rollouts, tmp_path, signum):
     command = [sys.executable, "-m", "hf_recontrol", "train", "--rollouts", rollouts, "--output_dir", str(tmp_path)]

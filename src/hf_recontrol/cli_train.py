@@ -140,7 +140,7 @@ def _fit(options: TrainOptions, args: RecontrolTrainingArguments) -> None:
         constant = _new_head(replace(options, kind="constant"), args, answers, model)
         other = RecontrolTrainer(constant, args, train_dataset=answers, eval_dataset=held_out, base_model=model)
         beside = _evaluate(other)
-    _save(head, args)
+    _save(head, options, args)
     if args.push_to_hub:
         trainer.push_to_hub()
     calibrated = bool(head.config.control.calibration)
@@ -199,7 +199,7 @@ def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> N
         max_new_tokens=options.max_new_tokens,
         block_size=options.block_size,
     )
-    _save(head, args)
+    _save(head, options, args)
     if args.push_to_hub and is_first_process():
         head.push_to_hub(
             args.hub_model_id or Path(args.output_dir).absolute().name,
@@ -211,7 +211,9 @@ def _fit_in_rounds(options: TrainOptions, args: RecontrolTrainingArguments) -> N
     _report(options.kind, evaluation, {}, evaluation.get("answers"), args.output_dir, calibrated=True)
 
 
-def _save(head: Head, args: RecontrolTrainingArguments) -> None:
+def _save(head: Head, options: TrainOptions, args: RecontrolTrainingArguments) -> None:
+    said = {name: getattr(options, name) for name in ("license", "language", "data", "data_license")}
+    head.config.info.update({name: value for name, value in said.items() if value is not None})
     if args.should_save:
         head.save_pretrained(args.output_dir)
 

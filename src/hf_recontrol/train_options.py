@@ -66,6 +66,10 @@ class TrainOptions:
     num_return_sequences: int = _option(4, "Answers to each prompt.")
     max_new_tokens: int = _option(128, "Where an answer is cut.")
     block_size: int = _option(64, "Prompts that are answered together.")
+    license: str | None = _option(None, "Of the head, for its card, as the Hub writes it: apache-2.0.")
+    language: str | None = _option(None, "Of the texts, for the card: en.")
+    data: str | None = _option(None, "What the prompts are from, for the card: an id on the Hub, or words.")
+    data_license: str | None = _option(None, "Of these, for the card.")
     dry_run: bool = _option(False, "Say how much there is to do, and time a few steps. Writes nothing.")
 
 
