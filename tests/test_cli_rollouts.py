@@ -137,6 +137,7 @@ def _spy(tqdm, seen):
         ({"--dataset": "VOID"}, "void.jsonl is empty"),
         ({"--reward": "FILE:broken", "--retries": "0"}, "'broken' failed on 10 answers, of 40"),
         ({"--reward": "FILE:broken", "--retries": "0"}, "(rewards.py, line "),
+        ({"--reward": "INSIDE", "--retries": "0"}, "(inside.py, line 4)"),
         ({"--model": "no/such-folder/here"}, "no/such-folder/here"),
         ({"--generation-kwargs": "[1]"}, "must be a JSON object"),
         ({"--generation-kwargs": "{"}, "is no JSON"),
@@ -153,6 +154,8 @@ def test_a_users_error_is_one_line_and_status_2(command, files, tmp_path, change
     (tmp_path / "void.jsonl").touch()
     (tmp_path / "typo.py").write_text("def reward(completions, **_):\n    return [1.0 for _ in completions\n")
     (tmp_path / "raises.py").write_text("import nosuch\n")
+    put["INSIDE"] = f"{tmp_path}/inside.py:reward"
+    (tmp_path / "inside.py").write_text("import json\n\ndef reward(completions, **_):\n    return json.loads('{')\n")
     arguments = [text for pair in options.items() for text in pair]
     for short, path in put.items():
         arguments = [text.replace(short, path) for text in arguments]

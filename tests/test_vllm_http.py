@@ -39,8 +39,17 @@ def test_what_vllm_would_not_hear_is_refused(path, request_, told):
     assert reason is None if told is None else told in reason
 
 
+def test_a_name_that_is_spelled_by_escapes_is_read_as_it_is():
+    body = json.dumps(POLITE).replace("recontrol", "\\u0072econtrol").replace("value", "\\u0076alue").encode()
+    assert json.loads(body) == POLITE
+    assert b"recontrol" not in body
+    assert "does not read" in unheard(CHAT, body)
+    assert unheard(CHAT, json.dumps({"messages": [{"content": "Glück"}]}).encode()) is None
+
+
 def test_what_is_no_json_is_left_to_vllm_unless_it_asks_to_be_steered():
     assert unheard("/v1/audio/transcriptions", b"\xff\xfe") is None
+    assert unheard("/v1/audio/transcriptions", b"\xff\\u") is None
     form = (
         b'--b\r\nContent-Disposition: form-data; name="vllm_xargs"\r\n\r\n{"recontrol_value_head": "polite"}\r\n--b--'
     )

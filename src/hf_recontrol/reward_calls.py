@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import queue
+import sysconfig
 import threading
 import time
 import traceback
@@ -143,8 +144,13 @@ def described(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The innermost line that is in no installed package."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    """The innermost line of the user's code: neither Python's own, nor an installed package's, nor ours."""
+    others = (sysconfig.get_path("stdlib"), os.path.dirname(__file__), "<")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and not frame.filename.startswith(others)
+    ]
     return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
 

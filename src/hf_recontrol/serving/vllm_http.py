@@ -12,7 +12,7 @@ XARGS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messag
 GENERATE = "/inference/v1/generate"
 """Where it hands on the extra_args of sampling_params, and no vllm_xargs."""
 SIGNS = (b"recontrol", b"value_head", b"generation_config")
-"""A request without one of these asks for nothing, and is not read."""
+"""A request without one of these, or an escaped letter, asks for nothing, and is not read."""
 MEND = (
     f'Requests can be steered at {", ".join(XARGS)}, by JSON with {{"vllm_xargs": {EXAMPLE}}}, and at {GENERATE}, with '
     "the same as extra_args in sampling_params."
@@ -52,7 +52,8 @@ class RefuseUnheard:
 
 def unheard(path: str, body: bytes) -> str | None:
     """Why vLLM would not steer a request that asks for it; None where it would, or nothing is asked for."""
-    if not any(sign in body for sign in SIGNS):
+    is_signed = any(sign in body for sign in SIGNS)
+    if not is_signed and b"\\u" not in body:  # JSON may spell a name by escapes
         return None
     heard: Place = ("sampling_params", "extra_args") if path.endswith(GENERATE) else ("vllm_xargs",)
     try:
@@ -60,7 +61,7 @@ def unheard(path: str, body: bytes) -> str | None:
     except RecursionError:
         return "The request is nested too deeply to be read."
     except ValueError:  # a form, say, as of speech
-        return f"The request asks to be steered, but is no JSON. {MEND}"
+        return None if not is_signed else f"The request asks to be steered, but is no JSON. {MEND}"
     for place, name in _ours(request):
         if place != heard or not path.endswith((*XARGS, GENERATE)):
             where = ".".join(map(str, place)) or "the request itself"
